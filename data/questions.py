@@ -1,0 +1,164 @@
+"""Multiple-choice questions: what one is, how a file of them is read, where a named set lies.
+
+A file holds one JSON object a line, in the layout of OpenBookQA and CommonsenseQA:
+
+    {"id": "7", "question": {"stem": "What do bees make?", "choices": [
+        {"label": "A", "text": "honey"}, {"label": "B", "text": "milk"}]}, "answerKey": "A"}
+
+Two optional keys hold what the stages should say, for training and for worked examples:
+"recall" (text) and "analyze" (a list with one text per choice, in the order of the choices).
+
+    python -c "from data.questions import *; print(read_questions(locate('demo', 'test'))[0])"
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import InputError
+
+FOLDER = Path(__file__).resolve().parent  # where a named data set has its folder
+BENCHMARKS = ("obqa", "csqa", "strategyqa")  # made by data/prepare.py
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `labels`, `options` and `analyses` have one entry per choice, in file order."""
+
+    id: str
+    stem: str
+    labels: tuple[str, ...]  # capital letters, all different
+    options: tuple[str, ...]
+    answer: str  # one of the labels
+    recall: str | None = None  # target of the recall stage
+    analyses: tuple[str, ...] | None = None  # targets of the analyze stage
+
+
+def locate(data: str | os.PathLike, split: str) -> Path:
+    """The questions file that `data` and `split` ("train", "valid" or "test") mean.
+
+    `data` is the name of a data set (demo, obqa, csqa, strategyqa: a folder beside this file,
+    whatever the current directory), or a folder that holds `{split}.jsonl`, or a questions file,
+    for which `split` does not matter. `./obqa` is always the path, `obqa` the data set.
+    Raises InputError when there is no such file, naming the command that makes it.
+    """
+    name = os.fspath(data)
+    named = name in BENCHMARKS or (re.fullmatch(r"\w+", name) and (FOLDER / name).is_dir())
+    path = FOLDER / name if named else Path(name)
+    if path.is_dir() or named:
+        path = path / f"{split}.jsonl"
+    if path.exists():
+        return path
+    if name in BENCHMARKS:
+        raise InputError(f"{path}: not there yet; make it with: python data/prepare.py {name}")
+    expected = f"a questions file, a folder with {split}.jsonl, demo, {', '.join(BENCHMARKS)}"
+    raise InputError(f"--data {name}: expected {expected}; found no {path}")
+
+
+def read_questions(path: str | os.PathLike, targets: bool = False) -> list[Question]:
+    """Read every question of a JSON-lines file, in file order; blank lines are skipped.
+
+    With `targets`, every question must carry "recall" and "analyze"; otherwise they may be absent.
+    Raises InputError naming the file, the line and the key that is wrong.
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    questions = []
+    seen = {}  # id -> line number
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            question = parse_question(parse_json(line), targets)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+        if question.id in seen:
+            first = seen[question.id]
+            raise InputError(f"{path}, line {number}: id {question.id!r} is line {first}'s already")
+        seen[question.id] = number
+        questions.append(question)
+    if not questions:
+        raise InputError(f"{path}: expected one question a line, found an empty file")
+    return questions
+
+
+def parse_json(raw: bytes) -> object:
+    """`json.loads` of UTF-8 bytes; raises InputError without file or line, which the caller adds."""
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"expected JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
+        raise InputError(f"expected JSON: {error}") from None
+
+
+def parse_question(row: object, targets: bool = False) -> Question:
+    """A question from one decoded line; raises InputError without file or line."""
+    if not isinstance(row, dict):
+        raise InputError(f"expected an object, found {show(row)}")
+    question = get(row, "question", dict)
+    choices = get(question, "choices", list, "question.choices")
+    if len(choices) < 2:
+        raise InputError(f"question.choices: expected 2 or more, found {len(choices)}")
+    labels = []
+    options = []
+    for index, choice in enumerate(choices):
+        where = f"question.choices[{index}]"
+        if not isinstance(choice, dict):
+            raise InputError(f"{where}: expected an object, found {show(choice)}")
+        label = get(choice, "label", str, f"{where}.label")
+        if not re.fullmatch("[A-Z]", label):
+            raise InputError(f"{where}.label: expected one capital letter, found {show(label)}")
+        if label in labels:
+            raise InputError(f"{where}.label: {show(label)} is another choice's label already")
+        labels.append(label)
+        options.append(get(choice, "text", str, f"{where}.text"))
+    answer = get(row, "answerKey", str)
+    if answer not in labels:
+        raise InputError(f"answerKey: expected one of {', '.join(labels)}, found {show(answer)}")
+    analyses = None
+    if targets or "analyze" in row:
+        found = get(row, "analyze", list)
+        if len(found) != len(labels):
+            raise InputError(f"analyze: expected {len(labels)} texts, found {len(found)}")
+        analyses = tuple(check(text, str, f"analyze[{i}]") for i, text in enumerate(found))
+    return Question(
+        id=get(row, "id", str),
+        stem=get(question, "stem", str, "question.stem"),
+        labels=tuple(labels),
+        options=tuple(options),
+        answer=answer,
+        recall=get(row, "recall", str) if targets or "recall" in row else None,
+        analyses=analyses,
+    )
+
+
+def get(row: dict, key: str, kind: type, where: str = "") -> object:
+    """`row[key]`, checked to be of `kind`; `where` names the key in messages."""
+    if key not in row:
+        raise InputError(f"{where or key}: missing")
+    return check(row[key], kind, where or key)
+
+
+def check(value: object, kind: type, where: str) -> object:
+    """`value`, if it is of `kind` and, when a text, holds more than blanks and can be encoded."""
+    if not isinstance(value, kind):
+        expected = {str: "a text", list: "a list", dict: "an object"}[kind]
+        raise InputError(f"{where}: expected {expected}, found {show(value)}")
+    if kind is str and not value.strip():
+        raise InputError(f"{where}: expected a text, found an empty one")
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{where}: expected a text, found half of a surrogate pair")
+    return value
+
+
+def show(value: object) -> str:
+    """`value` as JSON, short enough for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
