@@ -14,6 +14,7 @@ Two optional keys hold what the stages should say, for training and for worked e
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,45 +65,59 @@ def read_questions(path: str | os.PathLike, targets: bool = False) -> list[Quest
     Raises InputError naming the file, the line and the key that is wrong.
     """
     try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_questions(parse_lines(raw, path), path, targets)
+
+
+def parse_lines(raw: bytes, name: str | os.PathLike) -> Iterator[tuple[str, object]]:
+    """(where it stands, decoded value) of every line of JSON lines that is not blank."""
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            yield where, parse_json(line, where)
+
+
+def parse_questions(
+    rows: Iterable[tuple[str, object]], name: str | os.PathLike, targets: bool = False
+) -> list[Question]:
+    """Questions from (where it stands, decoded value) pairs; InputError names where and the key."""
     questions = []
-    seen = {}  # id -> line number
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    seen = {}  # id -> where
+    for where, row in rows:
         try:
-            question = parse_question(parse_json(line), targets)
+            question = parse_question(row, targets)
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         if question.id in seen:
-            first = seen[question.id]
-            raise InputError(f"{path}, line {number}: id {question.id!r} is line {first}'s already")
-        seen[question.id] = number
+            raise InputError(f"{where}: id {show(question.id)} is taken by {seen[question.id]}")
+        seen[question.id] = where
         questions.append(question)
     if not questions:
-        raise InputError(f"{path}: expected one question a line, found an empty file")
+        raise InputError(f"{name}: expected questions, found none")
     return questions
 
 
-def parse_json(raw: bytes) -> object:
-    """`json.loads` of UTF-8 bytes; raises InputError without file or line, which the caller adds."""
+def parse_json(raw: bytes, where: str) -> object:
+    """The value that UTF-8 bytes of JSON hold; InputError names `where` they stand."""
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise InputError(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
-        raise InputError(f"expected JSON: {error}") from None
+        found = f"byte 0x{raw[error.start]:02x}"
+        raise InputError(f"{where}: expected UTF-8 text, found {found}") from None
+    except (ValueError, RecursionError) as error:  # also a number too long, nesting too deep
+        problem = str(error).replace("line 1 column", "column")  # of JSON lines, `where` has it
+        raise InputError(f"{where}: expected JSON: {problem}") from None
 
 
 def parse_question(row: object, targets: bool = False) -> Question:
     """A question from one decoded line; raises InputError without file or line."""
     if not isinstance(row, dict):
         raise InputError(f"expected an object, found {show(row)}")
+    id = get(row, "id", str)
     question = get(row, "question", dict)
+    stem = get(question, "stem", str, "question.stem")
     choices = get(question, "choices", list, "question.choices")
     if len(choices) < 2:
         raise InputError(f"question.choices: expected 2 or more, found {len(choices)}")
@@ -129,14 +144,32 @@ def parse_question(row: object, targets: bool = False) -> Question:
             raise InputError(f"analyze: expected {len(labels)} texts, found {len(found)}")
         analyses = tuple(check(text, str, f"analyze[{i}]") for i, text in enumerate(found))
     return Question(
-        id=get(row, "id", str),
-        stem=get(question, "stem", str, "question.stem"),
+        id=id,
+        stem=stem,
         labels=tuple(labels),
         options=tuple(options),
         answer=answer,
         recall=get(row, "recall", str) if targets or "recall" in row else None,
         analyses=analyses,
     )
+
+
+def format_question(question: Question) -> str:
+    """The line, without its end, that `read_questions` reads back as the same question."""
+    choices = zip(question.labels, question.options, strict=True)
+    row = {
+        "id": question.id,
+        "question": {
+            "stem": question.stem,
+            "choices": [{"label": label, "text": text} for label, text in choices],
+        },
+        "answerKey": question.answer,
+    }
+    if question.recall is not None:
+        row["recall"] = question.recall
+    if question.analyses is not None:
+        row["analyze"] = list(question.analyses)
+    return json.dumps(row, ensure_ascii=False)
 
 
 def get(row: dict, key: str, kind: type, where: str = "") -> object:
