@@ -1,8 +1,8 @@
 """A Llama decoder from raw safetensors, with a skip set: the model LiteStage speeds up.
 
 One class, one forward, one layer loop. `skip` says for each decoder layer whether its attention
-(MHSA) and its feed-forward (FFN) sub-layer run; a skipped sub-layer leaves the residual stream as it
-was and costs nothing. Shapes use Llama's names: bsz, seqlen, dim, n_heads, n_kv_heads, head_dim.
+(MHSA) and its feed-forward (FFN) sub-layer run; a skipped sub-layer leaves the residual stream as
+it was and costs nothing. Shapes use Llama's names: bsz, seqlen, dim, n_heads, n_kv_heads, head_dim.
 
     python -c "from model import Llama; print(Llama.from_pretrained('data/demo/model').args)"
 """
@@ -268,9 +268,14 @@ class KVCache:
         if DEBUG:
             for k, v in self.layers:
                 k.fill_(math.nan), v.fill_(math.nan)
-        self.max_len = max_len
         self.pad = torch.tensor(pad, device=weight.device) if pad and any(pad) else None
         self.tokens: list[int] = []
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        if self.pad is not None:
+            self.pad = self.pad[rows]
 
 
 class Llama(nn.Module):
@@ -283,6 +288,14 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = None if args.tied else Linear(args.dim, {"lm_head": args.vocab_size})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and (signed) sin, each (*positions.shape, 1, head_dim), in the model's dtype."""
@@ -321,7 +334,7 @@ class Llama(nn.Module):
         probe: called as probe(layer, sub, before, after), the residual stream (bsz, seqlen, dim)
             around every sub-layer that runs.
         """
-        bsz, seqlen = tokens.shape
+        seqlen = tokens.shape[1]
         slots = torch.arange(pos, pos + seqlen, device=tokens.device)
         positions, mask = slots, None
         if seqlen > 1 or (cache is not None and cache.pad is not None):
@@ -471,3 +484,21 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor; the file is opened anew, so that pages mapped before go back to the system."""
     with safe_open(file, "pt") as f:
         return f.get_tensor(name)
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's configuration, weights and tokenizer: what a result belongs to."""
+    folder = Path(folder)
+    files = {
+        "config": [folder / "config.json"],
+        "weights": sorted(weight_files(folder)),
+        "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
+    }
+    digests = {}
+    for key, paths in files.items():
+        total = hashlib.sha256()
+        for path in filter(Path.exists, paths):
+            with open(path, "rb") as f:
+                total.update(hashlib.file_digest(f, "sha256").digest())
+        digests[key] = total.hexdigest()
+    return digests
