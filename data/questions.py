@@ -14,8 +14,9 @@ Two optional keys hold what the stages should say, for training and for worked e
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from model import InputError
@@ -46,11 +47,11 @@ def locate(data: str | os.PathLike, split: str) -> Path:
     Raises InputError when there is no such file, naming the command that makes it.
     """
     name = os.fspath(data)
-    named = name in BENCHMARKS or (re.fullmatch(r"\w+", name) and (FOLDER / name).is_dir())
+    named = name in BENCHMARKS or (re.fullmatch(r"\w+", name) and os.path.isdir(FOLDER / name))
     path = FOLDER / name if named else Path(name)
-    if path.is_dir() or named:
+    if named or os.path.isdir(path):
         path = path / f"{split}.jsonl"
-    if path.exists():
+    if os.path.exists(path):
         return path
     if name in BENCHMARKS:
         raise InputError(f"{path}: not there yet; make it with: python data/prepare.py {name}")
@@ -68,7 +69,7 @@ def read_questions(path: str | os.PathLike, targets: bool = False) -> list[Quest
         raw = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_questions(parse_lines(raw, path), path, targets)
+    return parse_questions(parse_lines(raw, path), path, partial(parse_question, targets=targets))
 
 
 def parse_lines(raw: bytes, name: str | os.PathLike) -> Iterator[tuple[str, object]]:
@@ -80,14 +81,19 @@ def parse_lines(raw: bytes, name: str | os.PathLike) -> Iterator[tuple[str, obje
 
 
 def parse_questions(
-    rows: Iterable[tuple[str, object]], name: str | os.PathLike, targets: bool = False
+    rows: Iterable[tuple[str, object]],
+    name: str | os.PathLike,
+    parse: Callable[[object], Question],
 ) -> list[Question]:
-    """Questions from (where it stands, decoded value) pairs; InputError names where and the key."""
+    """Questions that `parse` makes of (where it stands, decoded value) pairs, all ids different.
+
+    `name` is the file's. Raises InputError, with `where` in front, for what `parse` refuses.
+    """
     questions = []
     seen = {}  # id -> where
     for where, row in rows:
         try:
-            question = parse_question(row, targets)
+            question = parse(row)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if question.id in seen:

@@ -160,6 +160,8 @@ def test_locate_says_what_is_missing_and_what_makes_it(tmp_path, monkeypatch):
         locate("nosuch", "test")
     with pytest.raises(InputError, match="--data .*; found no .*/test.jsonl$"):
         locate(tmp_path, "test")
+    with pytest.raises(InputError, match="--data x+: expected"):
+        locate("x" * 300, "test")  # longer than a file's name may be
 
 
 @pytest.mark.parametrize("name", ["obqa", "csqa", "strategyqa"])
