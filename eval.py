@@ -7,7 +7,6 @@ median step time. `python eval.py` alone runs the plan that ships with the demo.
     python eval.py --stage-budgets 2,4,1
 """
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,24 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.cli import FLAGS, make_parser, positive, run, write_json
 from data.questions import Question, locate, read_questions
-from generate import (
-    FLAGS,
-    STAGES,
-    Exit,
-    Stage,
-    Tokenizer,
-    answer,
-    configure,
-    load,
-    make_parser,
-    run,
-    write_json,
-)
-from model import Llama
-from skip import POLICIES
-
-Z = 1.959964  # of a 95% interval
+from data.report import paired, print_differences, print_runs, print_stages, wilson
+from generate import Exit, Stage, Tokenizer, answer, configure, load
+from model import KVCache, Llama
+from skip import POLICIES, Setting
 
 
 @dataclass
@@ -46,12 +33,31 @@ class Run:
     budgets: Sequence[int]
     skips: Sequence
     exit: Exit | None = None
+    caches: list[KVCache] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)
-    stages: list[list[Stage]] = field(default_factory=list)  # one list of three a question
+    stages: list[list[Stage]] = field(default_factory=list)  # three for each question
 
     def latencies(self) -> np.ndarray:
-        """Seconds of every question (n,), its three stages together."""
+        """Seconds of every question, (n,), its three stages together."""
         return np.array([sum(stage.latency_s for stage in stages) for stages in self.stages])
+
+
+def make_run(method: str, setting: Setting, budgets: Sequence[int], exit: Exit | None) -> Run:
+    return Run(method, budgets, [POLICIES[method](setting, b) for b in budgets], exit)
+
+
+def compared(setting: Setting, budgets: Sequence[int], exit: Exit | None, plans: list[dict]):
+    """The runs of --compare: every method over a range of budgets, LiteStage at its plans."""
+    most = 2 * setting.n_layers
+    runs = []
+    for method in POLICIES:
+        if method not in ("full", "litestage"):
+            for budget in range(most // 8, most, most // 8):
+                runs.append(make_run(method, setting, [budget] * 3, None))
+    for plan in plans:
+        exit = plan["exit"] and Exit(**plan["exit"])
+        runs.append(make_run("litestage", setting, plan["budgets"], exit))
+    return runs
 
 
 def evaluate(
@@ -60,49 +66,29 @@ def evaluate(
     questions: list[Question],
     runs: list[Run],
     max_new_tokens: int = 64,
+    batch: int = 1,
 ) -> None:
-    """Answers every question with every run in turn, after a warm-up that is not counted."""
-    for i, question in enumerate(tqdm([questions[0], *questions], "questions", disable=None)):
-        for r in runs[i % len(runs) :] + runs[: i % len(runs)]:  # nobody is always first
-            label, stages = answer(model, tokenizer, question, r.skips, r.exit, max_new_tokens)
-            if i > 0:
-                r.answers.append(label)
-                r.stages.append(stages)
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def wilson(right: int, n: int) -> list[float]:
-    """Wilson's 95% interval of an accuracy."""
-    p, spread = right / n, Z * Z / n
-    middle = (p + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
-    return [max(middle - half, 0.0), min(middle + half, 1.0)]
-
-
-def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
-    """95% interval of accuracy(other) - accuracy(base) over the same questions.
-
-    Wald's interval with half a question added to each kind of disagreement (Agresti and Min 2005),
-    so that it does not vanish when the two never disagree.
-    """
-    gained = 0.5 + sum(b < o for b, o in zip(base, other))
-    lost = 0.5 + sum(b > o for b, o in zip(base, other))
-    n = len(base) + 2
-    half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return [(gained - lost) / n - half, (gained - lost) / n + half]
-
-
-# ---------------------------------------------------------------- report
+    """Answers the questions, `batch` side by side, with every run in turn, after a warm-up."""
+    chunks = [questions[i : i + batch] for i in range(0, len(questions), batch)]
+    for r in runs:
+        r.caches = [KVCache(model, 1, 0) for _ in range(batch)]
+    with tqdm(total=len(questions) * len(runs), desc="questions", disable=None) as bar:
+        for i, chunk in enumerate([chunks[0], *chunks]):
+            for r in runs[i % len(runs) :] + runs[: i % len(runs)]:  # nobody is always first
+                caches = r.caches[: len(chunk)]
+                answered = answer(model, tokenizer, chunk, r.skips, r.exit, max_new_tokens, caches)
+                if i > 0:
+                    r.answers += [label for label, _ in answered]
+                    r.stages += [stages for _, stages in answered]
+                    bar.update(len(chunk))
 
 
 def describe_stage(stages: list[Stage]) -> dict:
-    """One stage's means per question. ms_per_token is decoding time by tokens of all rows."""
+    """One stage's means per question; ms_per_token is decoding time by the tokens of all rows."""
     tokens, decode_s = sum(s.tokens for s in stages), sum(s.timings.decode_s for s in stages)
-    stops = [stop for s in stages for stop in s.stops]
     steps = sum(len(s.timings.step_s) for s in stages)
     skipped = sum(s.timings.skipped * len(s.timings.step_s) for s in stages)
+    stops = [stop for s in stages for stop in s.stops]
     return {
         "name": stages[0].name,
         "tokens": tokens / len(stages),
@@ -111,7 +97,6 @@ def describe_stage(stages: list[Stage]) -> dict:
         "ms_per_token": 1e3 * decode_s / max(tokens, 1),
         "skipped_sublayers": skipped / max(steps, 1),
         "exit_rate": stops.count("confidence") / len(stops),
-        "context_rate": stops.count("context") / len(stops),
     }
 
 
@@ -136,69 +121,44 @@ def describe(r: Run, full: Run, questions: list[Question]) -> dict:
     }
 
 
-def print_table(entries: list[dict], n: int) -> None:
-    """The comparison, 80 columns wide at most."""
-    print(
-        f"{'method':<12}{'budgets':>10}{'accuracy [95%]':>22}{'tokens':>8}{'ms/q':>8}"
-        f"{'speed-up':>9}{'no answer':>10}"
-    )
-    for e in entries:
-        low, high = e["accuracy_ci95"]
-        interval = f"{e['accuracy']:6.1%} [{100 * low:.1f}, {100 * high:.1f}]"
-        tokens = sum(stage["tokens"] for stage in e["stages"])
-        budgets = ",".join(map(str, e["budgets"]))
-        print(
-            f"{e['method']:<12}{budgets:>10}{interval:>22}{tokens:>8.1f}"
-            f"{1e3 * e['latency_s']:>8.1f}{e['speedup']:>8.2f}x{e['no_answer']:>10}"
-        )
-    print(
-        f"\n{'stage':<12}{'method':<12}{'tokens':>8}{'prefill ms':>12}{'decode ms':>11}"
-        f"{'ms/token':>10}{'skipped':>9}{'exits':>6}"
-    )
-    for i, name in enumerate(STAGES):
-        for e in entries:
-            s = e["stages"][i]
-            print(
-                f"{name:<12}{e['method']:<12}{s['tokens']:>8.1f}{1e3 * s['prefill_s']:>12.2f}"
-                f"{1e3 * s['decode_s']:>11.2f}{s['ms_per_token']:>10.3f}"
-                f"{s['skipped_sublayers']:>9.1f}{s['exit_rate']:>6.0%}"
-            )
-    print()
-    for e in entries[1:]:
-        low, high = e["accuracy_delta_ci95"]
-        print(
-            f"{e['method']} against full on the same {n} questions: accuracy "
-            f"{100 * e['accuracy_delta']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], "
-            f"speed-up {e['speedup']:.2f}x"
-        )
-    for e in entries:
-        if e["too_long"]:
-            print(f"{e['method']}: {e['too_long']} of {n} questions did not fit the context")
-
-
 def main() -> None:
-    args = make_parser(__doc__, *FLAGS).parse_args()
+    parser = make_parser(__doc__, *FLAGS)
+    parser.add_argument("--compare", action="store_true", help="every method over its budgets")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="questions side by side: latencies are then shares of a batch (default: 1)",
+    )
+    args = parser.parse_args()
     folder, model, tokenizer = load(args)
     questions = read_questions(locate(args.data, args.split))[: args.limit]
-    setting, budgets, exit = configure(args, folder, model, tokenizer)
-    nothing = [None] * 3
-    runs = [Run("full", [0, 0, 0], nothing)]
-    skips = [POLICIES[args.method](setting, budget) for budget in budgets]
-    runs.append(Run(args.method, budgets, skips, exit))
-    evaluate(model, tokenizer, questions, runs, args.max_new_tokens)
+    setting, budgets, exit, plan = configure(args, folder, model, tokenizer)
+    runs = [make_run("full", setting, [0, 0, 0], None)]
+    if args.compare:
+        runs += compared(setting, budgets, exit, plan.get("frontier", [plan] if plan else []))
+    else:
+        runs.append(make_run(args.method, setting, budgets, exit))
+    evaluate(model, tokenizer, questions, runs, args.max_new_tokens, args.batch)
     entries = [describe(r, runs[0], questions) for r in runs]
+    print_runs(entries)
+    if not args.compare:
+        print_stages(entries)
+    print_differences(entries, len(questions))
     report = {
         "model": args.model,
         "data": args.data,
+        "split": args.split,
         "n": len(questions),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "seed": args.seed,
         "command": shlex.join(["python", *sys.argv]),
+        "batch": args.batch,
         "runs": entries,
     }
-    print_table(entries, len(questions))
     if args.json:
         write_json(args.json, report)
 

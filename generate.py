@@ -8,11 +8,9 @@ of each stage holds everything that was generated before.
 """
 
 import argparse
-import json
 import os
 import re
 import string
-import sys
 import textwrap
 import time
 from collections import deque
@@ -22,14 +20,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import huggingface_hub
 import sentencepiece
 import tokenizers
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.cli import FLAGS, make_parser, run
 from data.questions import Question, locate, read_questions
-from model import DTYPES, InputError, KVCache, Llama, checkpoint_digests, read_json
+from model import DTYPES, InputError, KVCache, Llama, checkpoint_digests, expect, read_json
 from skip import POLICIES, Importance, Setting, measure_importance, rank
 
 ROOT = Path(__file__).resolve().parent
@@ -128,6 +128,10 @@ class Timings(NamedTuple):
         """Steps x median step time: one step that the system preempted does not count."""
         return len(self.step_s) * median(self.step_s) if self.step_s else 0.0
 
+    def share(self, n: int) -> "Timings":
+        """One question's part of a batch of n."""
+        return Timings(self.prefill_s / n, [step / n for step in self.step_s], self.skipped)
+
 
 class Generation(NamedTuple):
     """What one row generated; why it stopped: eos, confidence, length or context; the time of the
@@ -148,91 +152,123 @@ def common_prefix(rows: list[list[int]]) -> int:
     return n
 
 
-def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache, Tensor]:
-    """Runs all layers on the prompts: their cache, with `room` more slots, and the logits
-    (bsz, vocab) that follow each."""
-    longest = max(map(len, prompts))
-    pad = [longest - len(p) for p in prompts]
-    cache = KVCache(model, len(prompts), longest + room, pad)
-    tokens = torch.tensor([[0] * n + p for n, p in zip(pad, prompts)], device=model.device)
-    return cache, model(tokens, cache, 0, last=True)[:, -1]
+def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: int):
+    """Runs all layers on prompts, each group of which shares a cache of one row.
+
+    What a group's prompts have in common is computed once, in its cache, less the tokens that are
+    there from earlier prefills (DESIGN: the longest common token prefix that all layers wrote).
+    Several prompts then get a batch of their own. Returns (cache with `room` more slots, logits
+    (bsz, vocab) that follow each prompt).
+    """
+    alone = len(groups) == 1 and len(groups[0][1]) == 1
+    rows: list[tuple[KVCache, int, list[int]]] = []
+    for cache, prompts in groups:
+        longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+        if cache.max_len < longest + room:
+            cache.grow(model, longest + room)
+        # the last token is left for the batch, which needs the logits that follow it
+        shared = len(prompts[0]) if alone else min(common_prefix(prompts), shortest - 1)
+        ready = min(common_prefix([cache.tokens, prompts[0]]), len(prompts[0]) - 1, shared)
+        cache.forget(ready)
+        if ready < shared:
+            new = torch.tensor([prompts[0][ready:shared]], device=model.device)
+            logits = model(new, cache, ready, last=True)[:, -1]
+        cache.tokens = prompts[0][:shared]
+        rows += [(cache, shared, prompt) for prompt in prompts]
+    if alone:
+        return cache, logits
+    longest = max(len(prompt) for *_, prompt in rows)
+    tail = max(len(prompt) - shared for _, shared, prompt in rows)
+    pad = [longest - len(prompt) for *_, prompt in rows]
+    batch = KVCache(model, len(rows), longest + room, pad)
+    for row, (cache, shared, _) in enumerate(rows):
+        batch.copy_from(cache, shared, row, pad[row])
+    new = [([0] * longest + prompt)[-tail:] for *_, prompt in rows]  # (bsz, tail), right-aligned
+    new = torch.tensor(new, device=model.device)
+    return batch, model(new, batch, longest - tail, last=True)[:, -1]
 
 
-def pick(logits: Tensor, temperature: float) -> tuple[Tensor, list[int], list[float]]:
-    """The next token of each row (bsz,), the same as a list, and its confidences."""
-    logits = logits.float()
-    top, tokens = logits.max(-1)
-    confidences = (top - logits.logsumexp(-1)).exp()
+def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, list[int], list[float]]:
+    """The next token of each row: a tensor (bsz,), the same as a list, and its confidences."""
+    probabilities = logits.softmax(-1, dtype=torch.float32)
+    confidences, tokens = probabilities.max(-1)
     if temperature:
-        tokens = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-    return tokens, tokens.tolist(), confidences.tolist()
+        tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+    if tokens.device.type == "cpu":
+        return tokens, tokens.tolist(), confidences.tolist()
+    both = torch.stack((tokens.double(), confidences.double())).tolist()  # one small read
+    return tokens, [int(token) for token in both[0]], both[1]
+
+
+class Row:
+    """A row while it is being decoded: its ids so far, and why it stopped once it has."""
+
+    def __init__(self, length: int, exit: Exit | None):
+        self.length, self.exit = length, exit
+        self.ids: list[int] = []
+        self.stop: str | None = None
+        self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
+
+    def take(self, token: int, confidence: float, eos_ids, max_new_tokens: int, context: int):
+        """Appends a token and decides whether the row goes on."""
+        if token in eos_ids:
+            self.stop = "eos"
+            return
+        self.ids.append(token)
+        self.recent.append(confidence)
+        if self.exit and len(self.recent) == self.exit.window:
+            if sum(self.recent) <= self.exit.threshold * self.exit.window:
+                self.stop = "confidence"
+                return
+        if len(self.ids) >= max_new_tokens:
+            self.stop = "length"
+        elif self.length + len(self.ids) > context:
+            self.stop = "context"
 
 
 @torch.inference_mode()
 def generate_batch(
     model: Llama,
-    prompts: list[list[int]],
+    groups: list[tuple[KVCache, list[list[int]]]],
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
     skip=None,
     exit: Exit | None = None,
     temperature: float = 0.0,
 ) -> list[Generation]:
-    """Generates a continuation of every prompt, decoding them together; see `generate`."""
+    """Continues all prompts of all groups together, in their order; see `prefill`, `generate`."""
     context = model.args.max_seq_len
-    results: list[Generation | None] = [None] * len(prompts)
-    for row, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= context:
-            results[row] = Generation([], "context", Timings(0.0, []))
-    active = [row for row in range(len(prompts)) if results[row] is None]
-    if not active:
-        return results
-    ids = {row: [] for row in active}
-    recent = {row: deque(maxlen=exit.window if exit else 1) for row in active}
+    rows = [Row(len(prompt), exit) for _, prompts in groups for prompt in prompts]
+    fitting = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
+    fitting = [(cache, prompts) for cache, prompts in fitting if prompts]
+    active = [row for row in rows if 0 < row.length <= context]
     begin = time.perf_counter()
-    longest = max(len(prompts[row]) for row in active)
-    cache, logits = prefill(model, [prompts[row] for row in active], max_new_tokens)
-    step_s: list[float] = []
-    stops, skipped = {}, 0
-    while True:
+    prefill_s, step_s, skipped = 0.0, [], 0
+    if active:
+        cache, logits = prefill(model, fitting, max_new_tokens)
+        pos = max(row.length for row in active)
         tokens, chosen, confidences = pick(logits, temperature)
-        now = time.perf_counter()
-        if ids[active[0]] == [] and not step_s:
-            prefill_s = now - begin
-        else:
-            step_s.append(now - begin)
-        begin = now
-        keep = []
-        for j, row in enumerate(active):
-            recent[row].append(confidences[j])
-            if chosen[j] in eos_ids:
-                stops[row] = "eos"
-                continue
-            ids[row].append(chosen[j])
-            window = recent[row]
-            if exit and len(window) == exit.window and sum(window) <= exit.threshold * len(window):
-                stops[row] = "confidence"
-            elif len(ids[row]) >= max_new_tokens:
-                stops[row] = "length"
-            elif len(prompts[row]) + len(ids[row]) > context:
-                stops[row] = "context"
-            else:
-                keep.append(j)
-        if not keep:
-            break
+        prefill_s = time.perf_counter() - begin
+    while active:
+        for row, token, confidence in zip(active, chosen, confidences):
+            row.take(token, confidence, eos_ids, max_new_tokens, context)
+        keep = [i for i, row in enumerate(active) if row.stop is None]
         if len(keep) < len(active):  # a finished row costs nothing more
-            active = [active[j] for j in keep]
+            active = [active[i] for i in keep]
+            if not active:
+                break
             tokens = tokens[keep]
             cache.keep(keep)
-        step = len(step_s)
-        mask = skip(step) if callable(skip) else skip
+        begin = time.perf_counter()
+        mask = skip(len(step_s)) if callable(skip) else skip
         skipped += 0 if mask is None else int(mask.count_nonzero())
         probe = getattr(skip, "probe", None)
-        logits = model(tokens[:, None], cache, longest + step, mask, probe)[:, -1]
+        logits = model(tokens[:, None], cache, pos, mask, probe)[:, -1]
+        tokens, chosen, confidences = pick(logits, temperature)
+        pos += 1
+        step_s.append(time.perf_counter() - begin)
     timings = Timings(prefill_s, step_s, skipped / max(len(step_s), 1))
-    for row, stop in stops.items():
-        results[row] = Generation(ids[row], stop, timings)
-    return results
+    return [Generation(row.ids, row.stop or "context", timings) for row in rows]
 
 
 def generate(
@@ -254,7 +290,8 @@ def generate(
     """
     eos_ids = () if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     exit = Exit(*exit) if exit is not None else None
-    return generate_batch(model, [prompt_ids], max_new_tokens, eos_ids, skip, exit, temperature)[0]
+    group = (KVCache(model, 1, 0), [list(prompt_ids)])
+    return generate_batch(model, [group], max_new_tokens, eos_ids, skip, exit, temperature)[0]
 
 
 # ---------------------------------------------------------------- the three stages
@@ -300,6 +337,8 @@ class Stage:
     texts: list[str]
     stops: list[str]
     tokens: int  # generated, all texts together
+    steps: int  # decoding steps, of the longest text
+    prompt_tokens: int  # of the longest prompt
     timings: Timings
 
     @property
@@ -321,123 +360,73 @@ def run_stage(
     model: Llama,
     tokenizer: Tokenizer,
     index: int,
-    question: Question,
-    said: list[list[str]],
+    questions: list[Question],
+    said: list[list[list[str]]],
+    caches: list[KVCache],
     skip=None,
     exit: Exit | None = None,
     max_new_tokens: int = 64,
-) -> Stage:
-    """Generates stage `index` (0 recall, 1 analyze, 2 summarize) of a question; the options of the
-    analyze stage are decoded as one batch."""
-    prompts = [tokenizer.encode(p) for p in stage_prompts(index, question, said)]
-    rows = generate_batch(model, prompts, max_new_tokens, tokenizer.eos_ids, skip, exit)
-    texts = [tokenizer.decode(row.ids) for row in rows]
-    if index < 2:
-        texts = [finish(text) for text in texts]
-    timings = max((row.timings for row in rows), key=lambda t: t.prefill_s)
-    return Stage(
-        STAGES[index], texts, [r.stop for r in rows], sum(len(r.ids) for r in rows), timings
-    )
+) -> list[Stage]:
+    """Generates stage `index` (0 recall, 1 analyze, 2 summarize) of some questions side by side.
+
+    said: for each question the texts of the stages before. caches: one of one row for each
+    question, whose prefix is reused. All rows, every option of the analyze stage among them, are
+    decoded as one batch.
+    """
+    prompts = [
+        [tokenizer.encode(prompt) for prompt in stage_prompts(index, question, texts)]
+        for question, texts in zip(questions, said)
+    ]
+    groups = list(zip(caches, prompts))
+    rows = iter(generate_batch(model, groups, max_new_tokens, tokenizer.eos_ids, skip, exit))
+    stages = []
+    for question_prompts in prompts:
+        mine = [next(rows) for _ in question_prompts]
+        texts = [tokenizer.decode(row.ids) for row in mine]
+        texts = texts if index == 2 else [finish(text) for text in texts]
+        stages.append(
+            Stage(
+                STAGES[index],
+                texts,
+                stops=[row.stop for row in mine],
+                tokens=sum(len(row.ids) for row in mine),
+                steps=max(max(len(row.ids) + (row.stop == "eos") - 1, 0) for row in mine),
+                prompt_tokens=max(map(len, question_prompts)),
+                timings=mine[0].timings.share(len(questions)),
+            )
+        )
+    return stages
 
 
 def answer(
     model: Llama,
     tokenizer: Tokenizer,
-    question: Question,
+    questions: list[Question],
     skips=(None, None, None),
     exit: Exit | None = None,
     max_new_tokens: int = 64,
-) -> tuple[str | None, list[Stage]]:
-    """Answers a question in three stages, each under its own skip set: (label or None, stages)."""
-    stages: list[Stage] = []
+    caches: list[KVCache] | None = None,
+) -> list[tuple[str | None, list[Stage]]]:
+    """Answers questions side by side in three stages, each under its own skip set.
+
+    Returns (label or None, the three stages) for each; a batch's time is shared out evenly.
+    """
+    caches = caches or [KVCache(model, 1, 0) for _ in questions]
+    done: list[list[Stage]] = [[] for _ in questions]
     for index, skip in enumerate(skips):
-        said = [stage.texts for stage in stages]
-        stages.append(
-            run_stage(model, tokenizer, index, question, said, skip, exit, max_new_tokens)
+        said = [[stage.texts for stage in stages] for stages in done]
+        stages = run_stage(
+            model, tokenizer, index, questions, said, caches, skip, exit, max_new_tokens
         )
-    return find_answer(stages[-1].texts[0]), stages
+        for mine, stage in zip(done, stages):
+            mine.append(stage)
+    return [(find_answer(stages[2].texts[0]), stages) for stages in done]
 
 
-# ---------------------------------------------------------------- what every command shares
+# ---------------------------------------------------------------- what the flags mean
 
-
-def positive(text: str) -> int:
-    """A flag's whole number above zero, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
-    return value
-
-
-FLAGS = {
-    "--model": dict(default="demo", help="checkpoint folder, hub id ORG/NAME, or demo"),
-    "--data": dict(default="demo", help="questions file, folder, or name of a data set"),
-    "--split": dict(default="test", choices=("train", "valid", "test"), help="which questions"),
-    "--limit": dict(type=positive, metavar="N", help="only the first N questions (default: all)"),
-    "--seed": dict(type=int, default=0, help="of everything random"),
-    "--device": dict(default="cpu", help="cpu, cuda, cuda:1, ..."),
-    "--dtype": dict(choices=tuple(DTYPES), help="to compute in (default: as stored)"),
-    "--plan": dict(metavar="FILE", help="budgets and exit that search.py found"),
-    "--stage-budgets": dict(metavar="R,A,S", help="sub-layers each stage skips, e.g. 2,4,1"),
-    "--method": dict(default="litestage", choices=tuple(POLICIES), help="how they are chosen"),
-    "--granularity": dict(choices=("sublayer", "layer"), help="what is ranked (default: sublayer)"),
-    "--exit-threshold": dict(
-        type=float,
-        metavar="T",
-        help="mean confidence that ends a stage, 0 for never (default: the plan's, else 0.5)",
-    ),
-    "--exit-window": dict(
-        type=positive, metavar="N", help="confidences in that mean (default: the plan's, else 5)"
-    ),
-    "--max-new-tokens": dict(type=positive, default=64, metavar="N", help="most per generation"),
-    "--json": dict(metavar="FILE", help="write the report there"),
-}
 SMALL = 30_000_000  # parameters; below, products are too short to be shared among threads
-IMPORTANCE_QUESTIONS = 32  # enough: the ranking of the demo's sub-layers no longer changes
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line, too."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-def make_parser(doc: str, *flags: str) -> Parser:
-    """A parser with the named shared flags, which mean the same in every command."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in flags:
-        options = dict(FLAGS[flag])
-        if options.get("default") is not None:
-            options["help"] += " (default: %(default)s)"
-        parser.add_argument(flag, **options)
-    return parser
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: a user's mistake or Ctrl-C is one line on stderr, a closed pipe none."""
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `| head -1`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a file whole or not at all: to a temporary one first, which then takes its name."""
-    part = Path(f"{path}.tmp")
-    try:
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+IMPORTANCE_QUESTIONS = 32  # enough: with more of the demo's the first half does not change
 
 
 def load(args: argparse.Namespace) -> tuple[Path, Llama, Tokenizer]:
@@ -450,93 +439,106 @@ def load(args: argparse.Namespace) -> tuple[Path, Llama, Tokenizer]:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {args.device}: expected cpu or a cuda ({reason})") from None
     torch.manual_seed(args.seed)
-    model = Llama.from_pretrained(folder, device, DTYPES.get(args.dtype))
     tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.vocab_size > model.args.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
-            f"{model.args.vocab_size}"
-        )
+    model = Llama.from_pretrained(folder, device, DTYPES.get(args.dtype))
+    sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.args.vocab_size}"
+    expect(tokenizer.vocab_size <= model.args.vocab_size, f"{folder}: {sizes}")
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
     return folder, model, tokenizer
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint: the demo's or a local one."""
+    """The folder of a checkpoint: the demo's, a local one, or one fetched from the hub."""
     folder = ROOT / "data" / "demo" / "model" if name == "demo" else Path(name)
     if folder.is_dir():
         return folder
-    raise InputError(f"--model {name}: no such checkpoint folder")
-
-
-def parse_budgets(text: str, n_layers: int) -> list[int]:
-    """Three budgets from "2,4,1". Raises InputError unless all lie in 0 .. 2 x n_layers."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    expect(hub_id is not None, f"--model {name}: expected a checkpoint folder or a hub id ORG/NAME")
+    try:
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(
-            f"--stage-budgets {text}: expected three counts, for recall, analyze and summarize, "
-            "such as 2,4,1"
-        )
-    if max(map(int, parts)) > 2 * n_layers:
-        raise InputError(
-            f"--stage-budgets {text}: expected at most {2 * n_layers}, the model's sub-layers"
-        )
-    return [int(part) for part in parts]
+            f"--model {name}: neither a folder nor to be had from the hub ({reason:.150}); where "
+            f"there is a network, run `hf download {name} --local-dir DIR`, then use --model DIR"
+        ) from None
 
 
-def read_plan(path: Path, folder: Path) -> dict:
+def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
     """The plan that search.py wrote for this checkpoint. Raises InputError for any other."""
     plan = read_json(path)
-    if plan.get("format") != 1:
-        raise InputError(f"{path}: 'format' must be 1, found {plan.get('format')!r}")
-    for key, digest in checkpoint_digests(folder).items():
-        found = plan.get("model", {}).get(key)
-        if found != digest:
-            raise InputError(
-                f"{path}: a plan of another model: its {key} digest is {str(found)[:12]}, that of "
-                f"{folder} is {digest[:12]}"
-            )
-    return plan
+    expect(plan.get("format") == 1, f"{path}: 'format' must be 1, found {plan.get('format')!r}")
+    try:
+        for key, digest in checkpoint_digests(folder).items():
+            found = plan["model"][key]
+            which = f"its {key} digest is {found!s:.12}, that of {folder} is {digest:.12}"
+            expect(found == digest, f"{path}: a plan of another model: {which}")
+        importance = Importance(**{k: torch.tensor(v) for k, v in plan["importance"].items()})
+        for table in (importance.similarity, importance.ratio):
+            expect(table.shape == (n_layers, 2), f"{path}: 'importance' must be {n_layers} x 2")
+        for point in [plan, *plan.get("frontier", [])]:
+            check_budgets(f"{path}: 'budgets'", point["budgets"], n_layers)
+            exit = Exit(**(point["exit"] or {}))
+            fits = exit.window > 0 and 0 <= exit.threshold <= 1
+            expect(fits, f"{path}: 'exit' must hold a window and a threshold, found {exit}")
+        grained = plan["granularity"] in ("sublayer", "layer")
+        expect(grained, f"{path}: 'granularity' must be sublayer or layer")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: not a plan of search.py ({type(e).__name__}: {e})") from None
+    return plan | {"importance": importance}
 
 
-def importance_of(model: Llama, tokenizer: Tokenizer, questions: list[Question]) -> Importance:
-    """Layer importance over the questions' three prefills; the full model writes the texts."""
-
-    def prompts():
-        for question in tqdm(questions, "importance", leave=False, disable=None):
-            stages = answer(model, tokenizer, question)[1]
-            said = [stage.texts for stage in stages]
-            rows = [tokenizer.encode(stage_prompts(i, question, said)[0]) for i in range(3)]
-            yield [row for row in rows if len(row) <= model.args.max_seq_len]
-
-    return measure_importance(model, prompts())
+def check_budgets(name: str, budgets: list[int], n_layers: int) -> None:
+    """Raises InputError unless there are three budgets, from 0 to 2 x n_layers."""
+    fit = len(budgets) == 3 and all(type(b) is int and 0 <= b <= 2 * n_layers for b in budgets)
+    expect(fit, f"{name} {budgets}: expected three numbers from 0 to {2 * n_layers}, a stage each")
 
 
-def configure(args, folder: Path, model: Llama, tokenizer: Tokenizer):
-    """(setting, budgets, exit) that the flags ask for: those of a plan, or --stage-budgets with an
+def importance_of(model: Llama, tokenizer: Tokenizer, questions: list[Question]):
+    """(Importance over the questions' three prefills, their stages), written by the full model."""
+    answered, prompts = [], []
+    for question in tqdm(questions, "importance", leave=False, disable=None):
+        stages = answer(model, tokenizer, [question])[0][1]
+        said = [stage.texts for stage in stages]
+        rows = [tokenizer.encode(stage_prompts(i, question, said)[0]) for i in range(len(STAGES))]
+        prompts.append([row for row in rows if len(row) <= model.args.max_seq_len])
+        answered.append(stages)
+    return measure_importance(model, prompts), answered
+
+
+def configure(args: argparse.Namespace, folder: Path, model: Llama, tokenizer: Tokenizer):
+    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets with an
     importance measured now on validation questions. The demo comes with a plan."""
-    path = args.plan
+    n_layers, plan, path = model.args.n_layers, {}, args.plan
     if path is None and args.stage_budgets is None and args.model == "demo":
         path = ROOT / "data" / "demo" / "plan.json"
-    plan = read_plan(path, folder) if path else {}
-    if plan:
-        importance = Importance(**{k: torch.tensor(v) for k, v in plan["importance"].items()})
-    else:
-        questions = read_questions(locate(args.data, "valid"))[:IMPORTANCE_QUESTIONS]
-        importance = importance_of(model, tokenizer, questions)
+    if path is not None:
+        plan = read_plan(path, folder, n_layers)
+    budgets = args.stage_budgets or plan.get("budgets", [0, 0, 0])
+    check_budgets("--stage-budgets", budgets, n_layers)
+    found = Exit(**(plan.get("exit") or {}))
+    threshold = found.threshold if args.exit_threshold is None else args.exit_threshold
+    exit = Exit(args.exit_window or found.window, threshold) if threshold > 0 else None
     granularity = args.granularity or plan.get("granularity", "sublayer")
-    budgets = plan.get("budgets", [0, 0, 0])
-    if args.stage_budgets:
-        budgets = parse_budgets(args.stage_budgets, model.args.n_layers)
-    found = plan.get("exit") or Exit()._asdict()
-    exit = Exit(args.exit_window or found["window"], found["threshold"])
-    if args.exit_threshold is not None:
-        exit = exit._replace(threshold=args.exit_threshold)
-    if not 0 <= exit.threshold <= 1:
-        raise InputError(f"--exit-threshold {exit.threshold}: expected a number from 0 to 1")
-    setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
-    return setting, budgets, exit if exit.threshold > 0 else None
+    importance = plan.get("importance")
+    if importance is None:
+        questions = read_questions(locate_validation(args.data))[:IMPORTANCE_QUESTIONS]
+        importance, _ = importance_of(model, tokenizer, questions)
+    ranking = rank(importance.similarity, granularity)
+    return Setting(importance, ranking, granularity, args.seed), budgets, exit, plan
+
+
+def locate_validation(data: str) -> Path:
+    """The validation questions of a data set, or else its test questions: importance, which is
+    all that is measured on them, does not look at the answers."""
+    try:
+        return locate(data, "valid")
+    except InputError:
+        return locate(data, "test")
 
 
 # ---------------------------------------------------------------- command
@@ -560,20 +562,25 @@ def main() -> None:
     parser = make_parser(__doc__, *flags)
     parser.add_argument("text", help="the question, or a text to continue if no choices follow")
     parser.add_argument("choices", nargs="*", help="the options: they get the labels A, B, ...")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)"
+    )
     args = parser.parse_args()
-    if len(args.choices) == 1 or len(args.choices) > 26:
-        raise InputError(f"choices: expected none or 2 to 26, found {len(args.choices)}")
+    wanted = "expected none, to continue the text, or 2 to 26"
+    expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
     folder, model, tokenizer = load(args)
-    setting, budgets, exit = configure(args, folder, model, tokenizer)
+    setting, budgets, exit, _ = configure(args, folder, model, tokenizer)
     skips = [POLICIES[args.method](setting, budget) for budget in budgets]
     if not args.choices:
         ids = tokenizer.encode(args.text)
-        new = generate(model, ids, args.max_new_tokens, tokenizer.eos_ids, skips[0], exit)
-        print(f"{tokenizer.decode(ids + new.ids)} [{new.stop}]")
+        new = generate(
+            model, ids, args.max_new_tokens, tokenizer.eos_ids, skips[0], exit, args.temperature
+        )
+        print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}]")
         return
     labels = tuple(string.ascii_uppercase[: len(args.choices)])
     question = Question("", args.text, labels, tuple(args.choices), labels[0])
-    label, stages = answer(model, tokenizer, question, skips, exit, args.max_new_tokens)
+    label, stages = answer(model, tokenizer, [question], skips, exit, args.max_new_tokens)[0]
     for stage in stages:
         print_stage(stage, question, 2 * model.args.n_layers)
     option = dict(zip(labels, args.choices)).get(label, "no such option")

@@ -1,0 +1,108 @@
+"""Reports: intervals, and the tables that eval.py and search.py print, 80 columns wide at most.
+
+Entries are those of the JSON report's "runs" and of a plan's "trials".
+
+    python eval.py --json report.json
+"""
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959964  # of a 95% interval
+
+
+def wilson(right: int, n: int) -> list[float]:
+    """Wilson's 95% interval of an accuracy, `right` of n."""
+    p, spread = right / n, Z * Z / n
+    middle = (p + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
+
+
+def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
+    """95% interval of accuracy(other) - accuracy(base) over the same questions.
+
+    Wald's interval with half a question added to each kind of disagreement (Agresti and Min 2005),
+    so that it does not vanish when the two never disagree.
+    """
+    gained = 0.5 + sum(b < o for b, o in zip(base, other))
+    lost = 0.5 + sum(b > o for b, o in zip(base, other))
+    n = len(base) + 2
+    half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return [(gained - lost) / n - half, (gained - lost) / n + half]
+
+
+def name_of(run: dict) -> str:
+    """A run's method, and its budgets or what was skipped on average."""
+    return f"{run['method']} {','.join(map(str, run['budgets']))}"
+
+
+def print_runs(runs: list[dict]) -> None:
+    """A line for every run: accuracy with its interval, cost, speed-up, sub-layers skipped."""
+    print(
+        f"{'method and budgets':<23}{'accuracy [95%]':>20}{'tokens':>8}{'ms':>8}{'speed-up':>9}"
+        f"{'skipped':>12}"
+    )
+    for r in runs:
+        low, high = r["accuracy_ci95"]
+        accuracy = f"{100 * r['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        tokens = sum(stage["tokens"] for stage in r["stages"])
+        skipped = ",".join(f"{stage['skipped_sublayers']:.3g}" for stage in r["stages"])
+        print(
+            f"{name_of(r):<23}{accuracy:>20}{tokens:>8.1f}{1e3 * r['latency_s']:>8.1f}"
+            f"{r['speedup']:>8.2f}x{skipped:>12}"
+        )
+
+
+def print_stages(runs: list[dict]) -> None:
+    """Where the time goes: a line for every stage of every run; means per question."""
+    print(
+        f"\n{'stage':<11}{'method':<12}{'tokens':>7}{'prefill ms':>11}{'decode ms':>10}"
+        f"{'ms/token':>9}{'skipped':>8}{'exits':>6}"
+    )
+    for stages in zip(*(r["stages"] for r in runs)):
+        for r, s in zip(runs, stages):
+            print(
+                f"{s['name']:<11}{r['method']:<12}{s['tokens']:>7.1f}{1e3 * s['prefill_s']:>11.2f}"
+                f"{1e3 * s['decode_s']:>10.2f}{s['ms_per_token']:>9.3f}"
+                f"{s['skipped_sublayers']:>8.1f}{s['exit_rate']:>6.0%}"
+            )
+
+
+def print_differences(runs: list[dict], n: int) -> None:
+    """Every run against the full model over the same questions, and what was not answered."""
+    print()
+    for r in runs[1:]:
+        low, high = r["accuracy_delta_ci95"]
+        print(
+            f"{name_of(r)} against full: accuracy {100 * r['accuracy_delta']:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
+    for r in runs:
+        if r["no_answer"] or r["too_long"]:
+            print(
+                f"{name_of(r)}: no answer to {r['no_answer']} of {n} questions; "
+                f"{r['too_long']} did not fit the context"
+            )
+
+
+def print_scan(title: str, knob: str, trials: list[dict], target: float, chosen, noise: float):
+    """What a search tried: the paper's table for one stage. `knob` names the column scanned."""
+    print(f"\n{title}: target accuracy {target:.1%}")
+    print(f"{knob:>10}{'accuracy':>11}{'tokens':>9}{'ms':>9}{'exits':>7}{'meets':>7}{'chosen':>8}")
+    close = []
+    for t in trials:
+        meets = not t["abandoned"] and t["accuracy"] >= target - 1e-9
+        took = "-" if t["abandoned"] else f"{1e3 * t['latency_s']:.2f}"
+        accuracy = f"{'<=' if t['abandoned'] else ''}{t['accuracy']:.1%}"
+        mark = "  <--" if t is chosen else ""
+        print(
+            f"{t[knob]:>10}{accuracy:>11}{t['tokens']:>9.1f}{took:>9}{t['exit_rate']:>7.0%}"
+            f"{'yes' if meets else 'no':>7}{mark}"
+        )
+        if chosen and meets and not mark and t["latency_s"] < chosen["latency_s"] * (1 + noise):
+            close.append(str(t[knob]))
+    if chosen is None:
+        print("none meets the target: nothing changes")
+    if close:
+        print(f"within the measuring noise of the chosen {knob}: {', '.join(close)}")

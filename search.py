@@ -1,0 +1,385 @@
+"""The latency-aware budget search: LiteStage's offline configuration, once for a model and a task.
+
+  1. Measure: importance of the sub-layers, time of a decoding step for every stage and budget,
+     accuracy of the full model; target = that accuracy - epsilon, on validation questions.
+  2. From the slowest stage to the fastest: scan all budgets of this stage, the stages already done
+     at the budget chosen for them, the others at 0; of those that meet the target keep the one of
+     lowest end-to-end latency. Neither accuracy nor latency is monotone, so no scan stops early.
+
+Every finished trial is in a journal beside the plan: a killed search goes on where it was.
+
+    python search.py --out plan.json --epsilon 0.01
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median, quantiles
+
+import torch
+from tqdm import tqdm
+
+from data.cli import Journal, fractions, make_parser, positive, run, write_json
+from data.questions import Question, locate, read_questions
+from data.report import print_scan
+from generate import (
+    IMPORTANCE_QUESTIONS,
+    STAGES,
+    Exit,
+    Stage,
+    Tokenizer,
+    find_answer,
+    importance_of,
+    load,
+    prefill,
+    run_stage,
+    stage_prompts,
+)
+from model import KVCache, Llama, checkpoint_digests, expect
+from skip import Importance, Setting, litestage, rank
+
+THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
+ROUNDS = 25  # in which the step times of all budgets are measured in turn
+BATCH = 20  # questions generated side by side; latencies come from the measured step times
+
+# What is searched: a budget for each stage, and the exit's threshold. A trial is a point's outcome
+# on the validation questions, a dict as the plan and the journal keep it: budgets, threshold,
+# accuracy, latency_s, stage_s, tokens, exit_rate, and abandoned (then accuracy is its upper bound).
+Point = tuple[tuple[int, int, int], float]
+Evaluate = Callable[[Point, float], dict]
+FULL: Point = ((0, 0, 0), 0.0)
+
+# ---------------------------------------------------------------- step 2: the search
+
+
+def meets(trial: dict, target: float) -> bool:
+    return not trial["abandoned"] and trial["accuracy"] >= target - 1e-9
+
+
+def best(trials: list[dict], target: float) -> dict | None:
+    """The fastest trial that meets the target; of equally fast ones that which skips less."""
+    meeting = [trial for trial in trials if meets(trial, target)]
+    return min(meeting, key=lambda t: (t["latency_s"], sum(t["budgets"])), default=None)
+
+
+def with_budget(point: Point, stage: int, budget: int) -> Point:
+    budgets = list(point[0])
+    budgets[stage] = budget
+    return tuple(budgets), point[1]
+
+
+def greedy(
+    evaluate: Evaluate,
+    order: list[int],
+    budgets: list[int],
+    target: float,
+    thresholds: list[float],
+    show: Callable = lambda *_: None,
+) -> Point:
+    """LiteStage's stage-wise search (step 2): the chosen point.
+
+    evaluate(point, target) tries a point. order: the stages, slowest first. thresholds: the first
+    is kept while the stages are scanned, then the others are tried at the budgets found. A stage
+    of which no budget meets the target keeps 0. show(stage or None, trials, chosen) hears of each.
+    """
+    point = (0, 0, 0), thresholds[0]
+    for stage in [*order, None]:
+        if stage is None:
+            candidates = [(point[0], threshold) for threshold in sorted(thresholds)]
+        else:
+            candidates = [with_budget(point, stage, budget) for budget in budgets]
+        trials = [evaluate(candidate, target) for candidate in candidates]
+        chosen = best(trials, target)
+        if chosen is not None:
+            point = tuple(chosen["budgets"]), chosen["threshold"]
+        show(stage, trials, chosen)
+    return point
+
+
+def refine(
+    evaluate: Evaluate, point: Point, budgets: list[int], target: float, deadline: float
+) -> Point:
+    """Ours: coordinate descent from the greedy's point. Tries the two next budgets either way of
+    every stage and goes to the fastest that meets the target, until none is faster."""
+    now = evaluate(point, target)
+    while time.monotonic() < deadline:
+        near = []
+        for stage, budget in enumerate(point[0]):
+            at = budgets.index(budget)
+            others = budgets[max(at - 2, 0) : at] + budgets[at + 1 : at + 3]
+            near += [with_budget(point, stage, other) for other in others]
+        chosen = best([evaluate(candidate, target) for candidate in near], target)
+        if chosen is None or (meets(now, target) and chosen["latency_s"] >= now["latency_s"]):
+            break
+        now, point = chosen, (tuple(chosen["budgets"]), chosen["threshold"])
+    return point
+
+
+# ---------------------------------------------------------------- step 1: measuring
+
+
+def new_tokens(stages: list[Stage], index: int) -> int:
+    """Prompt tokens that stage `index` prefills, the rest being in the cache from the last one."""
+    before = stages[index - 1].prompt_tokens if index else 0
+    return max(stages[index].prompt_tokens - before, 1)
+
+
+@torch.inference_mode()
+def measure_steps(model: Llama, cache: KVCache, tokens: torch.Tensor, pos: int, masks: list):
+    """(seconds of a decoding step under every mask, their relative noise).
+
+    All masks take turns in each of ROUNDS rounds, and each time is divided by that of the first
+    mask in the same round, so that a slow minute of the machine does not favour anyone.
+    """
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        times = []
+        for mask in masks:
+            begin = time.perf_counter()
+            model(tokens, cache, pos, mask)[:, -1].softmax(-1).max(-1).indices.tolist()
+            times.append(time.perf_counter() - begin)
+        rounds.append(times)
+    rounds = rounds[1:]  # the first one warms up
+    ratios = [[t / times[0] for t, times in zip(column, rounds)] for column in zip(*rounds)]
+    full = median(times[0] for times in rounds)
+    spread = [quantiles(column)[2] - quantiles(column)[0] for column in ratios]
+    return [full * median(column) for column in ratios], median(spread) / ROUNDS**0.5
+
+
+def measure(model: Llama, tokenizer: Tokenizer, questions: list[Question], granularity: str):
+    """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
+    budget at a typical question, seconds per prefilled token of every stage, noise."""
+    importance, answered = importance_of(model, tokenizer, questions)
+    setting = Setting(importance, rank(importance.similarity, granularity), granularity)
+    masks = [litestage(setting, budget) for budget in range(2 * model.args.n_layers + 1)]
+    by_length = sorted(zip(answered, questions), key=lambda a: sum(s.tokens for s in a[0]))
+    stages, question = by_length[len(by_length) // 2]
+    said = [stage.texts for stage in stages]
+    step_s, noise = [], []
+    for index in tqdm(range(len(STAGES)), "step times", leave=False, disable=None):
+        prompts = [tokenizer.encode(prompt) for prompt in stage_prompts(index, question, said)]
+        cache, _ = prefill(model, [(KVCache(model, 1, 0), prompts)], 1)
+        tokens = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
+        times = measure_steps(model, cache, tokens, max(map(len, prompts)), masks)
+        step_s.append(times[0])
+        noise.append(times[1])
+    token_s = [
+        median(done[i].timings.prefill_s / new_tokens(done, i) for done in answered)
+        for i in range(len(STAGES))
+    ]
+    table = {key: value.tolist() for key, value in asdict(importance).items()}
+    return {"importance": table, "step_s": step_s, "token_s": token_s, "noise": mean(noise)}
+
+
+class Evaluator:
+    """Tries points on the validation questions, exactly and never twice.
+
+    A generation depends on its prompt, its skip set and the threshold alone, so one that an
+    earlier trial made of the same texts is taken from there. A trial is abandoned the moment its
+    target is out of reach even if all remaining questions were right.
+    """
+
+    def __init__(self, model, tokenizer, questions, journal: Journal, args):
+        self.model, self.tokenizer, self.questions = model, tokenizer, questions
+        self.journal, self.args = journal, args
+        self.measured = journal.find("measured")[0]
+        table = self.measured["importance"]
+        importance = Importance(**{key: torch.tensor(value) for key, value in table.items()})
+        ranking = rank(importance.similarity, args.granularity)
+        self.setting = Setting(importance, ranking, args.granularity)
+        self.caches = [KVCache(model, 1, 0) for _ in range(BATCH)]
+        self.made: dict[tuple, Stage] = {}  # by question, stage, budget, threshold, texts before
+        self.trials = {(tuple(t["budgets"]), t["threshold"]): t for t in journal.find("trial")}
+        self.generated, self.naive = 0, 0  # question-stages, run and without any saving
+
+    def stages(self, chosen: list[int], point: Point) -> list[list[Stage]]:
+        """The three stages of the chosen questions at a point."""
+        budgets, threshold = point
+        exit = Exit(self.args.exit_window, threshold) if threshold else None
+        done: list[list[Stage]] = [[] for _ in chosen]
+        for index, budget in enumerate(budgets):
+            said = [[stage.texts for stage in stages] for stages in done]
+            keys = [(q, index, budget, threshold, str(s)) for q, s in zip(chosen, said)]
+            new = [i for i, key in enumerate(keys) if key not in self.made]
+            if new:
+                made = run_stage(
+                    self.model,
+                    self.tokenizer,
+                    index,
+                    [self.questions[chosen[i]] for i in new],
+                    [said[i] for i in new],
+                    [self.caches[i] for i in new],
+                    litestage(self.setting, budget),
+                    exit,
+                    self.args.max_new_tokens,
+                )
+                self.made |= {keys[i]: stage for i, stage in zip(new, made)}
+                self.generated += len(new)
+            for stages, key in zip(done, keys):
+                stages.append(self.made[key])
+        return done
+
+    def __call__(self, point: Point, target: float) -> dict:
+        """The point's trial: from the journal, or run now."""
+        n, right, done = len(self.questions), 0, []
+        self.naive += len(STAGES) * n
+        known = self.trials.get(point)
+        if known and not (known["abandoned"] and known["accuracy"] >= target - 1e-9):
+            return known
+        for start in range(0, n, BATCH):
+            chosen = list(range(start, min(start + BATCH, n)))
+            done += self.stages(chosen, point)
+            labels = [find_answer(stages[2].texts[0]) for stages in done[start:]]
+            right += sum(label == self.questions[q].answer for q, label in zip(chosen, labels))
+            at_best = right + n - len(done)
+            if at_best / n < target - 1e-9:
+                break
+        stage_s = [self.latency(done, index, budget) for index, budget in enumerate(point[0])]
+        stops = [stop for stages in done for stage in stages for stop in stage.stops]
+        trial = {
+            "budgets": list(point[0]),
+            "threshold": point[1],
+            "accuracy": at_best / n,
+            "latency_s": sum(stage_s),
+            "stage_s": stage_s,
+            "tokens": mean(sum(stage.tokens for stage in stages) for stages in done),
+            "exit_rate": stops.count("confidence") / len(stops),
+            "abandoned": len(done) < n,
+        }
+        self.trials[point] = trial
+        self.journal.append("trial", trial)
+        return trial
+
+    def latency(self, done: list[list[Stage]], index: int, budget: int) -> float:
+        """A stage's latency, mean per question: its new prompt tokens and its decoding steps, at
+        the seconds each that were measured before the search."""
+        step_s = self.measured["step_s"][index][budget]
+        steps = mean(stages[index].steps for stages in done)
+        return steps * step_s + self.measured["token_s"][index] * mean(
+            new_tokens(stages, index) for stages in done
+        )
+
+
+# ---------------------------------------------------------------- command
+
+
+def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float, deadline):
+    """(point, trials in their order) for one target, shown as they come in."""
+    args, log = evaluator.args, []
+    total = len(order) * len(budgets) + len(THRESHOLDS)
+    with tqdm(total=total, desc=f"target {target:.1%}", leave=False, disable=None) as bar:
+
+        def evaluate(point: Point, target: float) -> dict:
+            bar.update()
+            return evaluator(point, target)
+
+        def show(stage: int | None, trials: list[dict], chosen: dict | None) -> None:
+            name, knob = ("exit", "threshold") if stage is None else (STAGES[stage], "budget")
+            column = [t["threshold"] if stage is None else t["budgets"][stage] for t in trials]
+            named = [{"stage": name, knob: value} | t for value, t in zip(column, trials)]
+            mark = next((t for t, trial in zip(named, trials) if trial is chosen), None)
+            log.extend(named)
+            bar.clear()
+            print_scan(name, knob, named, target, mark, evaluator.measured["noise"])
+
+        thresholds = [args.exit_threshold]
+        if args.exit_threshold is None:
+            thresholds = [Exit().threshold, *(t for t in THRESHOLDS if t != Exit().threshold)]
+        point = greedy(evaluate, order, budgets, target, thresholds, show)
+        if args.refine:
+            start, point = point, refine(evaluate, point, budgets, target, deadline)
+            gain = evaluator(start, 0.0)["latency_s"] / evaluator(point, 0.0)["latency_s"]
+            print(f"\nrefined from {start[0]} to {point[0]}: {gain:.3f}x faster")
+    return point, log
+
+
+def main() -> None:
+    flags = ("--model", "--data", "--limit", "--seed", "--device", "--dtype", "--granularity")
+    parser = make_parser(__doc__, *flags, "--exit-threshold", "--exit-window", "--max-new-tokens")
+    add = parser.add_argument
+    add("--out", default="plan.json", metavar="FILE", help="the plan (default: %(default)s)")
+    losses = "accuracy that may be lost, e.g. 0.01,0.04 for two plans (default: 0.01)"
+    add("--epsilon", type=fractions, default=[0.01], metavar="E,...", help=losses)
+    add("--max-budget", type=positive, metavar="N", help="the largest (default: all but two)")
+    add("--step", type=positive, default=1, metavar="N", help="between budgets (default: 1)")
+    neighbours = "then try neighbours of the chosen budgets for so long"
+    add("--refine", type=float, default=0, metavar="MINUTES", help=neighbours)
+    args = parser.parse_args()
+    began = time.monotonic()
+    args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
+    folder, model, tokenizer = load(args)
+    n_sublayers = 2 * model.args.n_layers
+    last = args.max_budget or n_sublayers - 2
+    expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
+    file = locate(args.data, "valid")
+    questions = read_questions(file)[: args.limit]
+
+    key = {
+        "model": {"name": args.model, **checkpoint_digests(folder)},
+        "data": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "n": len(questions),
+        "settings": [args.granularity, args.exit_window, args.max_new_tokens],
+        "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    journal = Journal(Path(f"{args.out}.{digest[:12]}.journal"))
+    if not journal.find("measured"):
+        few = questions[:IMPORTANCE_QUESTIONS]
+        journal.append("key", key)
+        journal.append("measured", measure(model, tokenizer, few, args.granularity))
+    evaluator = Evaluator(model, tokenizer, questions, journal, args)
+    full = evaluator(FULL, 0.0)
+    order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
+    print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
+    slowest = ", ".join(f"{STAGES[i]} {1e3 * full['stage_s'][i]:.2f} ms" for i in order)
+    print(f"slowest stage first: {slowest}")
+
+    plans = []
+    for epsilon in sorted(set(args.epsilon), reverse=True):
+        # the loosest first: what it abandons could not have met a stricter target either
+        target, deadline = full["accuracy"] - epsilon, began + 60 * args.refine
+        budgets = list(range(0, last + 1, args.step))
+        point, log = find_plan(evaluator, order, budgets, target, deadline)
+        plan = {
+            "format": 1,
+            "model": key["model"],
+            "data": args.data,
+            "split": "valid",
+            "n": len(questions),
+            "granularity": args.granularity,
+            "importance": evaluator.measured["importance"],
+            "ranking": evaluator.setting.ranking,
+            "budgets": point[0],
+            "exit": Exit(args.exit_window, point[1])._asdict() if point[1] else None,
+            "epsilon": epsilon,
+            "full": full,
+            "chosen": evaluator(point, 0.0),
+            "trials": log,
+            "step_s": evaluator.measured["step_s"],
+            "token_s": evaluator.measured["token_s"],
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        plans.insert(0, plan)
+    keys = ("epsilon", "budgets", "exit", "chosen")
+    plans[0]["frontier"] = [{key: plan[key] for key in keys} for plan in plans]
+    for i, plan in enumerate(plans):
+        out = Path(args.out)
+        out = out.with_name(f"{out.stem}-{plan['epsilon']:g}{out.suffix}") if i else out
+        write_json(out, plan)
+        chosen, exit = plan["chosen"], plan["exit"] and plan["exit"]["threshold"]
+        print(
+            f"\n{out}: budgets {plan['budgets']}, exit at {exit}; on validation accuracy "
+            f"{chosen['accuracy']:.1%}\n  (full {full['accuracy']:.1%}, epsilon "
+            f"{plan['epsilon']:g}), speed-up {full['latency_s'] / chosen['latency_s']:.2f}x"
+        )
+    took = f"{time.monotonic() - began:.0f} s"
+    print(f"\n{evaluator.generated} question-stages generated, naively {evaluator.naive}; {took}")
+
+
+if __name__ == "__main__":
+    run(main)
