@@ -11,16 +11,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import mean
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.cli import FLAGS, make_parser, positive, run, write_json
 from data.questions import Question, locate, read_questions
-from data.report import paired, print_differences, print_runs, print_stages, wilson
-from generate import Exit, Stage, Tokenizer, answer, configure, load
+from data.report import describe, print_differences, print_runs, print_stages
+from data.setup import configure, load
+from generate import Exit, Stage, Tokenizer, answer
 from model import KVCache, Llama
 from skip import POLICIES, Setting
 
@@ -36,10 +35,6 @@ class Run:
     caches: list[KVCache] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)
     stages: list[list[Stage]] = field(default_factory=list)  # three for each question
-
-    def latencies(self) -> np.ndarray:
-        """Seconds of every question, (n,), its three stages together."""
-        return np.array([sum(stage.latency_s for stage in stages) for stages in self.stages])
 
 
 def make_run(method: str, setting: Setting, budgets: Sequence[int], exit: Exit | None) -> Run:
@@ -83,44 +78,6 @@ def evaluate(
                     bar.update(len(chunk))
 
 
-def describe_stage(stages: list[Stage]) -> dict:
-    """One stage's means per question; ms_per_token is decoding time by the tokens of all rows."""
-    tokens, decode_s = sum(s.tokens for s in stages), sum(s.timings.decode_s for s in stages)
-    steps = sum(len(s.timings.step_s) for s in stages)
-    skipped = sum(s.timings.skipped * len(s.timings.step_s) for s in stages)
-    stops = [stop for s in stages for stop in s.stops]
-    return {
-        "name": stages[0].name,
-        "tokens": tokens / len(stages),
-        "prefill_s": mean(s.timings.prefill_s for s in stages),
-        "decode_s": decode_s / len(stages),
-        "ms_per_token": 1e3 * decode_s / max(tokens, 1),
-        "skipped_sublayers": skipped / max(steps, 1),
-        "exit_rate": stops.count("confidence") / len(stops),
-    }
-
-
-def describe(r: Run, full: Run, questions: list[Question]) -> dict:
-    """One run's entry in the report; differences and speed-up are against the full model."""
-    right = [label == q.answer for label, q in zip(r.answers, questions)]
-    base = [label == q.answer for label, q in zip(full.answers, questions)]
-    latency = r.latencies()
-    return {
-        "method": r.method,
-        "budgets": list(r.budgets),
-        "exit": r.exit and r.exit._asdict(),
-        "accuracy": mean(right),
-        "accuracy_ci95": wilson(sum(right), len(right)),
-        "no_answer": r.answers.count(None),
-        "too_long": sum(any("context" in s.stops for s in stages) for stages in r.stages),
-        "latency_s": float(latency.mean()),
-        "speedup": float(full.latencies().mean() / latency.mean()),
-        "accuracy_delta": mean(right) - mean(base),
-        "accuracy_delta_ci95": paired(base, right),
-        "stages": [describe_stage([stages[i] for stages in r.stages]) for i in range(3)],
-    }
-
-
 def main() -> None:
     parser = make_parser(__doc__, *FLAGS)
     parser.add_argument("--compare", action="store_true", help="every method over its budgets")
@@ -141,7 +98,8 @@ def main() -> None:
     else:
         runs.append(make_run(args.method, setting, budgets, exit))
     evaluate(model, tokenizer, questions, runs, args.max_new_tokens, args.batch)
-    entries = [describe(r, runs[0], questions) for r in runs]
+    correct = [question.answer for question in questions]
+    entries = [describe(r, runs[0], correct) for r in runs]
     print_runs(entries)
     if not args.compare:
         print_stages(entries)

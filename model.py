@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ DEBUG = os.environ.get("LITESTAGE_DEBUG") == "1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PACK_FROM = 1 << 20  # elements; below, calling oneDNN costs more than it saves
-LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3)}
 EMBED = "model.embed_tokens.weight"
 
 
@@ -54,6 +52,42 @@ def read_json(path: Path) -> dict:
 
 # ---------------------------------------------------------------- configuration
 
+REQUIRED = object()
+# name in ModelArgs: (key in config.json, default, kind, largest value)
+KEYS = {
+    "dim": ("hidden_size", REQUIRED, int, 1 << 20),
+    "n_layers": ("num_hidden_layers", REQUIRED, int, 1 << 10),
+    "n_heads": ("num_attention_heads", REQUIRED, int, 1 << 16),
+    "n_kv_heads": ("num_key_value_heads", None, int, 1 << 16),
+    "head_dim": ("head_dim", None, int, 1 << 16),
+    "hidden_dim": ("intermediate_size", REQUIRED, int, 1 << 20),
+    "vocab_size": ("vocab_size", REQUIRED, int, 1 << 22),
+    "max_seq_len": ("max_position_embeddings", 2048, int, 1 << 24),
+    "norm_eps": ("rms_norm_eps", 1e-6, float, 1.0),
+    "rope_theta": ("rope_theta", 10000.0, float, 1e12),
+    "tied": ("tie_word_embeddings", False, bool, True),
+    "attention_bias": ("attention_bias", False, bool, True),
+    "mlp_bias": ("mlp_bias", False, bool, True),
+}
+LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3)}
+
+
+def read_value(config: dict, name: str, key: str, default, kind: type, most):
+    """A configuration's value, of the right kind and size. Raises InputError naming the key."""
+    value = config.get(key)
+    if value is None:
+        expect(default is not REQUIRED, f"{name}: missing key '{key}'")
+        return default
+    fits = isinstance(value, int | kind) and isinstance(value, bool) == (kind is bool)
+    wanted = {int: "an integer", float: "a number", bool: "true or false"}[kind]
+    wanted += "" if kind is bool else f" above 0 and up to {most}"
+    expect(
+        fits and (kind is bool or 0 < value <= most),
+        f"{name}: '{key}' must be {wanted}, found {value!r:.60}",
+    )
+    return kind(value)
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -77,76 +111,35 @@ class ModelArgs:
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> "ModelArgs":
         """Reads and validates a Hugging Face `config.json`; InputError names the key."""
-
-        def number(key, default=None, kind=int, most=1 << 20, where=config):
-            value = default if where.get(key) is None else where[key]
-            expect(value is not None, f"{name}: missing key '{key}'")
-            fits = isinstance(value, int | kind) and not isinstance(value, bool)
-            expect(
-                fits and 0 < value <= most,
-                f"{name}: '{key}' must be {'an integer' if kind is int else 'a number'} above 0 "
-                f"and up to {most}, found {value!r:.50}",
-            )
-            return kind(value)
-
-        def flag(key):
-            value = config.get(key, False)
-            expect(
-                isinstance(value, bool), f"{name}: '{key}' must be true or false, found {value!r}"
-            )
-            return value
-
         for key, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
             found = config.get(key, "silu" if key == "hidden_act" else None)
-            expect(found == wanted, f"{name}: '{key}' must be '{wanted}', found {found!r}")
-        expect(
-            config.get("quantization_config") is None,
-            f"{name}: 'quantization_config' found; expected plain weights",
-        )
-        dim, n_heads = number("hidden_size"), number("num_attention_heads")
-        n_kv_heads = number("num_key_value_heads", n_heads)
-        expect(
-            n_heads % n_kv_heads == 0,
-            f"{name}: 'num_key_value_heads' {n_kv_heads} must divide {n_heads} heads",
-        )
-        expect(
-            config.get("head_dim") is not None or dim % n_heads == 0,
-            f"{name}: 'num_attention_heads' {n_heads} must divide 'hidden_size' {dim}",
-        )
-        head_dim = number("head_dim", max(dim // n_heads, 1))
-        expect(head_dim % 2 == 0, f"{name}: 'head_dim' must be even, found {head_dim}")
+            expect(found == wanted, f"{name}: '{key}' must be '{wanted}', found {found!r:.60}")
+        plain = config.get("quantization_config") is None
+        expect(plain, f"{name}: 'quantization_config' found; expected plain weights")
         # transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
         rope = config.get(key) or {}
-        expect(isinstance(rope, dict), f"{name}: '{key}' must be an object, found {rope!r}")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        expect(
-            isinstance(rope_type, str) and rope_type in ROPE_NEEDS,
-            f"{name}: '{key}' type must be one of {', '.join(ROPE_NEEDS)}, found {rope_type!r}",
-        )
-        scaling = {k: number(k, kind=float, most=1e9, where=rope) for k in ROPE_NEEDS[rope_type]}
-        expect(
-            scaling.get("high_freq_factor") != scaling.get("low_freq_factor", 0),
-            f"{name}: 'high_freq_factor' must differ from 'low_freq_factor'",
-        )
-        return cls(
-            dim=dim,
-            n_layers=number("num_hidden_layers", most=1024),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            hidden_dim=number("intermediate_size"),
-            vocab_size=number("vocab_size", most=1 << 22),
-            max_seq_len=number("max_position_embeddings", 2048, most=1 << 24),
-            norm_eps=number("rms_norm_eps", 1e-6, float, 1.0),
-            rope_theta=number(
-                "rope_theta", 10000.0, float, 1e12, rope if "rope_theta" in rope else config
-            ),
-            rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
-            tied=flag("tie_word_embeddings"),
-            attention_bias=flag("attention_bias"),
-            mlp_bias=flag("mlp_bias"),
-        )
+        expect(isinstance(rope, dict), f"{name}: '{key}' must be an object, found {rope!r:.60}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        known = f"one of {', '.join(ROPE_NEEDS)}"
+        fits = isinstance(kind, str) and kind in ROPE_NEEDS
+        expect(fits, f"{name}: the type of '{key}' must be {known}, found {kind!r:.60}")
+        scaling = {k: read_value(rope, name, k, REQUIRED, float, 1e9) for k in ROPE_NEEDS[kind]}
+        low, high = (scaling.get(f"{end}_freq_factor", i) for i, end in enumerate(("low", "high")))
+        expect(low < high, f"{name}: 'low_freq_factor' must be below 'high_freq_factor'")
+        if "rope_theta" in rope:
+            config = config | {"rope_theta": rope["rope_theta"]}
+        args = {ours: read_value(config, name, *spec) for ours, spec in KEYS.items()}
+        dim, heads = args["dim"], args["n_heads"]
+        kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
+        divides = heads % kv_heads == 0
+        expect(divides, f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads")
+        divides = args["head_dim"] is not None or dim % heads == 0
+        expect(divides, f"{name}: 'num_attention_heads' {heads} must divide 'hidden_size' {dim}")
+        args["head_dim"] = args["head_dim"] or dim // heads
+        even = args["head_dim"] % 2 == 0
+        expect(even, f"{name}: 'head_dim' must be even, found {args['head_dim']}")
+        return cls(**args, rope_scaling={"rope_type": kind} | scaling if scaling else None)
 
 
 # ---------------------------------------------------------------- layers
@@ -416,7 +409,7 @@ class Llama(nn.Module):
         x = self.norm(x[:, -1:] if last else x)
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
-    def parts(self):
+    def parts(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         """(module, {name in a Hugging Face checkpoint: tensor or view}) of all that has weights."""
         yield self.embed, {EMBED: self.embed.weight}
         for i, layer in enumerate(self.layers):
@@ -432,7 +425,7 @@ class Llama(nn.Module):
         if self.head is not None:
             yield self.head, self.head.tensors("")
 
-    def tensors(self):
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a Hugging Face checkpoint, tensor or view) of all weights; needs pack=False."""
         for _, named in self.parts():
             yield from named.items()

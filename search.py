@@ -25,21 +25,11 @@ import torch
 from tqdm import tqdm
 
 from data.cli import Journal, fractions, make_parser, positive, run, write_json
+from data.prompts import STAGES, find_answer, stage_prompts
 from data.questions import Question, locate, read_questions
 from data.report import print_scan
-from generate import (
-    IMPORTANCE_QUESTIONS,
-    STAGES,
-    Exit,
-    Stage,
-    Tokenizer,
-    find_answer,
-    importance_of,
-    load,
-    prefill,
-    run_stage,
-    stage_prompts,
-)
+from data.setup import IMPORTANCE_QUESTIONS, importance_of, load
+from generate import Exit, Stage, Tokenizer, prefill, run_stage
 from model import KVCache, Llama, checkpoint_digests, expect
 from skip import Importance, Setting, litestage, rank
 

@@ -7,6 +7,7 @@ Entries are those of the JSON report's "runs" and of a plan's "trials".
 
 import math
 from collections.abc import Sequence
+from statistics import mean
 
 Z = 1.959964  # of a 95% interval
 
@@ -30,6 +31,46 @@ def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
     n = len(base) + 2
     half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     return [(gained - lost) / n - half, (gained - lost) / n + half]
+
+
+def describe_stage(stages: list) -> dict:
+    """One stage's means per question; ms_per_token is decoding time by the tokens of all rows."""
+    tokens, decode_s = sum(s.tokens for s in stages), sum(s.timings.decode_s for s in stages)
+    steps = sum(len(s.timings.step_s) for s in stages)
+    skipped = sum(s.timings.skipped * len(s.timings.step_s) for s in stages)
+    stops = [stop for s in stages for stop in s.stops]
+    return {
+        "name": stages[0].name,
+        "tokens": tokens / len(stages),
+        "prefill_s": mean(s.timings.prefill_s for s in stages),
+        "decode_s": decode_s / len(stages),
+        "ms_per_token": 1e3 * decode_s / max(tokens, 1),
+        "skipped_sublayers": skipped / max(steps, 1),
+        "exit_rate": stops.count("confidence") / len(stops),
+    }
+
+
+def describe(r, full, correct: Sequence[str]) -> dict:
+    """One run's entry in the report; differences and speed-up are against the full model."""
+    right = [given == label for given, label in zip(r.answers, correct)]
+    base = [given == label for given, label in zip(full.answers, correct)]
+    latency, full_latency = (
+        mean(sum(stage.latency_s for stage in stages) for stages in run.stages) for run in (r, full)
+    )
+    return {
+        "method": r.method,
+        "budgets": list(r.budgets),
+        "exit": r.exit and r.exit._asdict(),
+        "accuracy": mean(right),
+        "accuracy_ci95": wilson(sum(right), len(right)),
+        "no_answer": r.answers.count(None),
+        "too_long": sum(any("context" in s.stops for s in stages) for stages in r.stages),
+        "latency_s": latency,
+        "speedup": full_latency / latency,
+        "accuracy_delta": mean(right) - mean(base),
+        "accuracy_delta_ci95": paired(base, right),
+        "stages": [describe_stage([stages[i] for stages in r.stages]) for i in range(3)],
+    }
 
 
 def name_of(run: dict) -> str:
