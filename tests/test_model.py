@@ -422,15 +422,6 @@ def big(make_checkpoint):
     (folder / "model.safetensors").unlink()
 
 
-@pytest.fixture
-def big(make_checkpoint):
-    """190 MB of weights, removed after use."""
-    heads = {"num_attention_heads": 10, "num_key_value_heads": 10}
-    folder = make_checkpoint(hidden_size=640, intermediate_size=1728, num_hidden_layers=9, **heads)
-    yield folder
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_holds_the_weights_once(big, folder):
     """The peak of a process that loads them, less what it held before, is little more."""

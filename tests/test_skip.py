@@ -1,0 +1,341 @@
+"""Importance, ranking, and every policy's choice, worked by hand on small cases.
+
+python -m pytest -q tests/test_skip.py
+"""
+
+import json
+
+import plain
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from skip import (
+    ATTENTION,
+    FFN,
+    POLICIES,
+    AdaSkip,
+    Importance,
+    Setting,
+    Similarity,
+    mask_of,
+    measure_importance,
+    rank,
+)
+
+L = 22  # TinyLlama's layers
+BUDGETS = range(2 * L + 1)
+
+
+def make_setting(n_layers=L, seed=0, granularity="sublayer", horizon=16) -> Setting:
+    """A random importance; only `seed` of the policies differs, not the importance."""
+    rng = torch.Generator().manual_seed(5)
+    similarity = torch.rand(n_layers, 2, generator=rng, dtype=torch.float64)
+    ratio = 1 + torch.rand(n_layers, 2, generator=rng, dtype=torch.float64)
+    ranking = rank(similarity, granularity)
+    return Setting(Importance(similarity, ratio), ranking, granularity, seed, horizon)
+
+
+def setting_of(similarity, ratio=None, **options) -> Setting:
+    similarity = torch.tensor(similarity, dtype=torch.float64)
+    ratio = torch.ones_like(similarity) if ratio is None else torch.tensor(ratio).double()
+    ranking = rank(similarity, options.get("granularity", "sublayer"))
+    return Setting(Importance(similarity, ratio), ranking, **options)
+
+
+def chosen(mask) -> set[tuple[int, int]]:
+    return {(layer, sub) for layer, sub in mask.nonzero().tolist()}
+
+
+def layers(mask) -> list[int]:
+    """The layers that a mask skips; each must be skipped as a whole."""
+    assert torch.equal(mask[:, ATTENTION], mask[:, FFN])
+    return mask[:, ATTENTION].nonzero()[:, 0].tolist()
+
+
+# ---------------------------------------------------------------- masks and ranking
+
+
+def test_mask_of_marks_exactly_the_given_sublayers():
+    mask = mask_of([(0, FFN), (2, ATTENTION)], 3)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[False, True], [False, False], [True, False]]
+
+
+def test_rank_puts_the_most_similar_first():
+    similarity = torch.tensor([[0.2, 0.9], [0.8, -0.5], [0.3, 0.7]])
+    assert rank(similarity) == [(0, 1), (1, 0), (2, 1), (2, 0), (0, 0), (1, 1)]
+
+
+def test_rank_breaks_ties_in_the_models_order():
+    similarity = torch.full((20, 2), 0.5)
+    similarity[13, 1] = 0.6
+    in_order = [(layer, sub) for layer in range(20) for sub in (0, 1)]
+    assert rank(similarity) == [(13, 1)] + [pair for pair in in_order if pair != (13, 1)]
+
+
+def test_rank_of_layers_goes_by_their_mean_and_keeps_pairs():
+    similarity = torch.tensor([[0.25, 0.75], [0.625, 0.625], [1.0, 0.0], [0.625, 0.625]])
+    layer_order = [1, 3, 0, 2]  # means 1/2, 5/8, 1/2, 5/8; ties in order
+    assert rank(similarity, "layer") == [(i, sub) for i in layer_order for sub in (0, 1)]
+
+
+# ---------------------------------------------------------------- importance
+
+
+def test_similarity_and_ratio_of_vectors_worked_by_hand():
+    probe = Similarity(2)
+    before = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    after = torch.tensor([[[6.0, 8.0], [0.0, 2.0]]])  # cosines 1 and 0, norms 10/5 and 2/1
+    probe(0, FFN, before, after)
+    probe(0, FFN, before, -before)  # another forward: cosines -1 and -1, norms as they were
+    similarity, ratio = probe.means()
+    assert similarity.tolist() == [[0, pytest.approx((0.5 - 1) / 2)], [0, 0]]
+    assert ratio.tolist() == [[0, pytest.approx((2 + 1) / 2)], [0, 0]]
+
+
+def test_similarity_is_computed_in_float32_whatever_the_model_computes_in():
+    """In bfloat16 the cosine of two nearly equal streams would be a round 1."""
+    rng = torch.Generator().manual_seed(0)
+    before = torch.randn(1, 4, 64, generator=rng).bfloat16()
+    after = (before.float() + 0.02 * torch.randn(1, 4, 64, generator=rng)).bfloat16()
+    probe = Similarity(1)
+    probe(0, ATTENTION, before, after)
+    x, y = before.double(), after.double()
+    expected = ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean().item()
+    assert probe.means()[0][0, ATTENTION].item() == pytest.approx(expected, abs=1e-6)
+    assert expected != 1
+
+
+def test_importance_is_the_mean_over_tokens_then_prefills(folder, llama):
+    prompts = [[[0, 5, 9], [0, 5, 9, 7, 3]], [[4, 8, 15, 16, 23, 42], [3]]]
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    similarity, ratio = torch.zeros(3, 2).double(), torch.zeros(3, 2).double()
+    for ids in (ids for stages in prompts for ids in stages):
+        _, streams = plain.forward(tensors, config, [ids])
+        for i, (before, after) in enumerate(streams):
+            norms = before.norm(dim=-1), after.norm(dim=-1)
+            cosines = (before * after).sum(-1) / (norms[0] * norms[1])
+            similarity.view(-1)[i] += cosines.mean() / 4
+            ratio.view(-1)[i] += (norms[1] / norms[0]).mean() / 4
+    found = measure_importance(llama, prompts)
+    assert torch.allclose(found.similarity, similarity, atol=1e-6)
+    assert torch.allclose(found.ratio, ratio, atol=1e-5)
+    assert found.n_layers == 3
+    assert similarity.std() > 0.05, "sub-layers that are all alike show nothing"
+
+
+# ---------------------------------------------------------------- how many are skipped
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_policy_skips_what_its_budget_allows(budget):
+    """L = 22: sub-layer policies skip the budget, whole-layer ones its even part, and where the
+    first and the last layer stay, 40 of the 44 sub-layers at most."""
+    setting, even = make_setting(), budget - budget % 2
+    expected = {
+        "full": 0,
+        "unified": min(even, 40),
+        "early-exit": even,
+        "random": budget,
+        "litestage": budget,
+    }
+    for name, number in expected.items():
+        mask = POLICIES[name](setting, budget)
+        assert mask.shape == (L, 2) and mask.dtype == torch.bool
+        assert mask.count_nonzero() == number, name
+    assert POLICIES["adaskip"](setting, budget)(0).count_nonzero() == budget
+    assert set(POLICIES) == set(expected) | {"adaskip", "skipdecode"}
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+def test_models_of_few_layers_are_no_special_case(name, n_layers):
+    for budget in range(2 * n_layers + 1):
+        skip = POLICIES[name](make_setting(n_layers), budget)
+        mask = skip(0) if callable(skip) else skip
+        assert mask.shape == (n_layers, 2)
+        if name in ("unified", "skipdecode"):
+            late = skip(99) if callable(skip) else mask
+            assert not {0, n_layers - 1} & set(layers(late))
+
+
+# ---------------------------------------------------------------- unified, early exit, random
+
+
+@pytest.mark.parametrize(
+    "budget, expected",
+    [(0, []), (1, []), (2, [11]), (3, [11]), (4, [6, 16]), (8, [3, 8, 13, 18])]
+    + [(40, [*range(1, 21)]), (44, [*range(1, 21)])],
+)
+def test_unified_spaces_whole_layers_evenly(budget, expected):
+    """20 layers lie between the first and the last; each of n has the middle of 20 / n of them."""
+    assert layers(POLICIES["unified"](make_setting(), budget)) == expected
+
+
+@pytest.mark.parametrize("budget", range(4, 2 * L + 1))
+def test_unified_never_bunches_up_and_keeps_first_and_last(budget):
+    skipped = layers(POLICIES["unified"](make_setting(), budget))
+    gaps = [b - a for a, b in zip(skipped, skipped[1:])]
+    assert 0 not in skipped and L - 1 not in skipped
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+    assert abs((skipped[0] - 1) - (L - 2 - skipped[-1])) <= 1, "as much before as behind"
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_early_exit_skips_only_the_last_layers(budget):
+    skipped = layers(POLICIES["early-exit"](make_setting(), budget))
+    assert skipped == list(range(L))[L - budget // 2 :]
+
+
+def test_random_is_drawn_by_the_seed_alone():
+    def draw(seed, budget=9):
+        return chosen(POLICIES["random"](make_setting(seed=seed), budget))
+
+    torch.manual_seed(1)
+    first = draw(3)
+    torch.manual_seed(2)
+    assert draw(3) == first
+    assert len({frozenset(draw(seed)) for seed in range(8)}) == 8
+    drawn = set().union(*(draw(seed) for seed in range(60)))
+    assert len(drawn) == 2 * L, "any sub-layer may be drawn, the first and the last too"
+    assert first < draw(3, 10), "a larger budget adds to a smaller one"
+
+
+# ---------------------------------------------------------------- SkipDecode
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_skipdecode_never_lets_a_layer_return(budget):
+    skip, before = POLICIES["skipdecode"](make_setting(), budget), set()
+    for step in range(40):
+        now = layers(skip(step))
+        assert before <= set(now)
+        assert now == list(range(1, 1 + len(now))), "from low layers up, the first kept"
+        assert L - 1 not in now
+        before = set(now)
+    assert len(before) == min(budget, L - 2)
+
+
+@pytest.mark.parametrize("budget", range(L - 1))
+def test_skipdecode_grows_linearly_to_twice_its_budget(budget):
+    """Its mean over the steps of a stage is the budget, to within what rounding makes."""
+    skip = POLICIES["skipdecode"](make_setting(horizon=11), budget)
+    counts = [skip(step).count_nonzero().item() for step in range(11)]
+    assert counts[0] == 0 and counts[10] == 2 * budget
+    for step, count in enumerate(counts):
+        assert abs(count - 2 * budget * step / 10) <= 1
+    assert sum(counts) / 11 == pytest.approx(budget, abs=0.5)
+
+
+def test_skipdecode_step_by_step():
+    skip = POLICIES["skipdecode"](make_setting(n_layers=6, horizon=4), 3)
+    assert [layers(skip(step)) for step in range(6)] == [
+        [],
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 3],
+        [1, 2, 3],
+    ]
+
+
+# ---------------------------------------------------------------- LiteStage
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_litestage_skips_the_first_of_the_ranking(budget):
+    setting = make_setting()
+    assert chosen(POLICIES["litestage"](setting, budget)) == set(setting.ranking[:budget])
+
+
+def test_litestage_by_hand():
+    setting = setting_of([[0.2, 0.9], [0.8, 0.1], [0.3, 0.7]])
+    assert chosen(POLICIES["litestage"](setting, 3)) == {(0, FFN), (1, ATTENTION), (2, FFN)}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_litestage_by_layers_keeps_pairs(budget):
+    setting = make_setting(granularity="layer")
+    skipped = layers(POLICIES["litestage"](setting, budget))
+    means = setting.importance.similarity.mean(1)
+    most_similar = sorted(range(L), key=lambda layer: -means[layer].item())
+    assert skipped == sorted(most_similar[: budget // 2])
+
+
+# ---------------------------------------------------------------- AdaSkip
+
+SIMILARITY = [[0.9, 0.2], [0.5, 0.8], [0.7, 0.1]]  # ranks (0, A) (1, F) (2, A) (1, A) (0, F) (2, F)
+RATIO = [[1.1, 1.2], [1.3, 1.4], [1.5, 1.6]]
+
+
+def show(skip, step, cosines: dict, ratio=1.0):
+    """One decoding step: the mask, and what the probe then sees of (layer, sub): cosine."""
+    mask = skip(step)
+    probe = getattr(skip, "probe", None)
+    if probe is not None:
+        for (layer, sub), cosine in cosines.items():
+            after = torch.tensor([[[cosine, (1 - cosine**2) ** 0.5]]]) * ratio
+            probe(layer, sub, torch.tensor([[[1.0, 0.0]]]), after)
+    return mask.double()
+
+
+def test_adaskip_multiplies_by_the_ratio_where_it_skips():
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3)
+    assert torch.allclose(skip(0), torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]]).double())
+
+
+def test_adaskip_ignores_the_stage_and_the_granularity():
+    """One set for every stage: the most similar sub-layers, even where others rank layers."""
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO, granularity="layer"), 3)
+    assert chosen(skip(0)) == {(0, ATTENTION), (1, FFN), (2, ATTENTION)}
+
+
+def test_adaskip_adds_ffns_that_reach_the_threshold_while_decoding():
+    """Budget 3: the third largest prefill similarity is 0.7. Over steps 0, 1 FFN 0 has the mean
+    0.7 and FFN 2 less; attention 1 is above it, but only FFNs are added. Rho is the one seen."""
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3, window=2)
+    assert skip.threshold == pytest.approx(0.7)
+    first = show(skip, 0, {(0, FFN): 0.65, (1, ATTENTION): 0.95, (2, FFN): 0.9}, ratio=2.0)
+    second = show(skip, 1, {(0, FFN): 0.77, (1, ATTENTION): 0.95, (2, FFN): 0.4}, ratio=3.0)
+    rest = [skip(step) for step in (2, 3, 30)]
+    base = torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]]).double()
+    assert torch.allclose(first, base) and torch.allclose(second, base)
+    for mask in rest:
+        assert torch.allclose(mask, torch.tensor([[1.1, 2.5], [0, 1.4], [1.5, 0]]).double())
+
+
+def test_adaskip_starts_anew_with_every_request():
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3, window=2)
+    for step in range(2):
+        show(skip, step, {(0, FFN): 0.99})
+    assert skip(2)[0, FFN] > 0
+    for step in range(2):  # a request whose FFN 0 changes much
+        assert show(skip, step, {(0, FFN): 0.3})[0, FFN] == 0
+    assert skip(2)[0, FFN] == 0
+    assert skip.threshold == pytest.approx(0.7)
+
+
+def test_adaskip_drops_what_a_request_saw_that_ended_early():
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3, window=2)
+    show(skip, 0, {(0, FFN): 1.0})  # ends here
+    for step in range(2):
+        show(skip, step, {(0, FFN): 0.6})
+    assert skip(2)[0, FFN] == 0, "the mean of 0.6, 0.6 is below 0.7, of 1, 0.6, 0.6 above"
+
+
+def test_adaskip_without_budget_skips_nothing_ever():
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 0, window=1)
+    show(skip, 0, {(0, FFN): 1.0, (1, FFN): 1.0})
+    assert skip(0).count_nonzero() == 0 and skip(1).count_nonzero() == 0
+
+
+def test_adaskip_watches_the_model_itself(llama):
+    """On a real decoder the probe sees what runs, and no sub-layer that was skipped."""
+    prompts = [[[0, 5, 9, 30, 7]]]
+    importance = measure_importance(llama, prompts)
+    skip = AdaSkip(Setting(importance, rank(importance.similarity)), 2, window=1)
+    mask = skip(0)
+    llama(torch.tensor([[4]]), skip=mask, probe=skip.probe)
+    assert torch.equal(skip.probe.counts == 0, mask != 0)
