@@ -20,8 +20,10 @@ import os
 import random
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.cli import Parser, run, write_json
+from data.prompts import base_prompt
 from data.questions import Question, read_questions
-from generate import Parser, Tokenizer, base_prompt, run, write_json
+from generate import Tokenizer
 from model import InputError, Llama, ModelArgs, read_json
 
 IGNORE = -100  # the label of a token that is not learned
@@ -139,7 +143,7 @@ def initialize(args: ModelArgs, std: float, seed: int) -> Llama:
     """A model with random weights: normal, outputs into the residual stream smaller (GPT-2)."""
     torch.manual_seed(seed)
     model = Llama(args)
-    for name, tensor in model.tensors().items():
+    for name, tensor in dict(model.tensors()).items():
         if tensor.dim() == 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = std / math.sqrt(2 * args.n_layers) if into_residual else std
@@ -181,7 +185,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 def save_model(model: Llama, out: Path, dtype: torch.dtype) -> None:
     tensors = {
-        name: t.detach().to("cpu", dtype).contiguous() for name, t in model.tensors().items()
+        name: t.detach().to("cpu", dtype).contiguous() for name, t in dict(model.tensors()).items()
     }
     save_tensors(out / "model.safetensors", tensors, {"format": "pt"})
 
@@ -248,6 +252,7 @@ def parse_args():
     add("--epochs", type=float, default=1.0, help="passes over --data (default: 1)")
     add("--batch-size", type=int, default=32, help="questions per step (default: 32)")
     add("--accumulate", type=int, default=2, help="micro-batches per step (default: 2)")
+    add("--workers", type=int, default=1, help="micro-batches at a time (default: 1)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     add("--warmup", type=int, default=50, help="warm-up steps (default: 50)")
     add("--weight-decay", type=float, default=0.05, help="of matrices (default: 0.05)")
@@ -269,7 +274,16 @@ def parse_args():
         help="autocast to bfloat16; auto: on a GPU only (default: auto)",
     )
     args = parser.parse_args()
-    for name in ("epochs", "batch_size", "accumulate", "lr", "clip", "save_every", "steps"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "workers",
+        "lr",
+        "clip",
+        "save_every",
+        "steps",
+    ):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, found {value}")
@@ -279,6 +293,16 @@ def parse_args():
     if not 0 <= args.stochastic_depth <= 1:
         parser.error(f"--stochastic-depth must be from 0 to 1, found {args.stochastic_depth}")
     return args
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"--device {name}: expected cpu or a cuda ({reason})") from None
+    return device
 
 
 def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
@@ -297,7 +321,8 @@ def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
 
 def fitting(questions: list[Question], tokenizer: Tokenizer, limit: int, path) -> list[Question]:
     """The questions whose sequences fit the model's context; says how many do not."""
-    fit = [q for q in questions if len(sequence(q, None, tokenizer)[0]) <= limit]
+    texts = ("".join(text for text, _ in pieces(q, None)) for q in questions)
+    fit = [q for q, text in zip(questions, texts) if len(tokenizer.encode(text)) <= limit]
     if not fit:
         raise InputError(f"{path}: no question fits the model's context of {limit} tokens")
     if len(fit) < len(questions):
@@ -311,7 +336,7 @@ def fitting(questions: list[Question], tokenizer: Tokenizer, limit: int, path) -
 
 def main():
     args = parse_args()
-    source, out, device = Path(args.model), Path(args.out), torch.device(args.device)
+    source, out, device = Path(args.model), Path(args.out), find_device(args.device)
     model, dtype = load_start(args, source, device)
     tokenizer = Tokenizer.from_pretrained(source)
     if tokenizer.vocab_size > model.args.vocab_size:
@@ -334,9 +359,24 @@ def main():
 
     copy_folder(source, out, dtype)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    ours = {k: v for k, v in vars(args).items() if k not in ("out", "save_every", "device")}
+    ours = {
+        k: v for k, v in vars(args).items() if k not in ("out", "save_every", "device", "workers")
+    }
     settings = json.dumps(ours | {"questions": len(questions), "steps": steps})
     first = load_state(model, optimizer, out, settings)
+
+    parameters = list(model.parameters())
+    pool = (
+        ThreadPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,))
+        if args.workers > 1
+        else SimpleNamespace(map=map)
+    )
+
+    def gradients(rows, skip, labelled):
+        tokens, labels = batch(rows, device)
+        with cast():
+            loss = loss_sum(model, tokens, labels, skip) / labelled
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     order, epoch = [], -1
     bar = tqdm(range(first, steps), initial=first, total=steps, file=sys.stderr, unit="step")
@@ -350,22 +390,24 @@ def main():
             chosen.append(questions[order[n % len(questions)]])
         rows = draw_rows(chosen, tokenizer, rng)
         labelled = sum(label != IGNORE for _, labels in rows for label in labels)
-        micro, total = math.ceil(size / args.accumulate), 0.0
-        for i in range(0, size, micro):
-            tokens, labels = batch(rows[i : i + micro], device)
-            skip = draw_skip(model.args.n_layers, args.stochastic_depth, rng)
-            with cast():
-                loss = loss_sum(model, tokens, labels, skip) / labelled
-            loss.backward()
-            total += loss.detach()
-        for p in model.parameters():  # a sub-layer that every micro-batch skipped stands still
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        micro = math.ceil(size / args.accumulate)
+        depth = args.stochastic_depth * min(1, 5 * (step + 1) / steps)  # rises in the first fifth
+        jobs = [
+            (rows[i : i + micro], draw_skip(model.args.n_layers, depth, rng))
+            for i in range(0, size, micro)
+        ]
+        total = 0.0
+        for p in parameters:  # a sub-layer that every micro-batch skipped stands still
+            p.grad = torch.zeros_like(p)
+        for loss, grads in pool.map(lambda job: gradients(*job, labelled), jobs):  # noqa: B023
+            total += loss
+            for p, grad in zip(parameters, grads):
+                if grad is not None:
+                    p.grad += grad
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         bar.set_postfix(loss=f"{total:.3f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             text = f"step {step + 1}: training loss {total:.4f}"

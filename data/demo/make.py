@@ -4,7 +4,7 @@ Every question is "which of four things has this property?", with one right answ
 *means* is its property and the set of its four options; a hash of that, which neither the phrasing
 nor the order nor the seed changes, puts it in one of four splits. So no question is in two splits,
 and the default split `fresh` holds questions that neither training nor validation nor test has
-seen. A drill asks what kind of thing something is, and is for training only.
+seen. The splits `names` and `kinds` are drills, easier questions for the start of the training.
 
     python data/demo/make.py --splits data/demo      # the shipped train, valid, test, byte for byte
     python data/demo/make.py --seed 1 --count 500 --out fresh.jsonl                  # new questions
@@ -32,7 +32,9 @@ STEMS = [
     "Tom says that it {p}. What does he mean?",
 ]
 NAMES = list(PROPERTIES)
-SPLITS = ("fresh", "train", "valid", "test", "drill")
+DRILLED = [kind for kind in KINDS if kind not in THINGS]
+SPLITS = ("fresh", "train", "valid", "test")
+DRILLS = ("names", "kinds")  # for the start of the training only
 
 
 def meaning_split(name, options):
@@ -127,27 +129,34 @@ def draw_question(rng, split):
         return meaning, question(rng, name, options, answer, recall, analyses)
 
 
-def draw_drill(rng):
-    """(meaning, drill): which of these is a bird? Teaches to look options up, and their kinds."""
-    kinds = [kind for kind in KINDS if kind not in THINGS]
-    kind = rng.choice(kinds)
+def draw_drill(rng, split):
+    """(meaning, drill). `names`: say what option B is called, which teaches to look an option up.
+    `kinds`: which of these is a bird? The analyses say the kind of every option."""
+    kind = rng.choice(DRILLED)
     mine = [thing for thing in THINGS if THINGS[thing] == kind]
     others = [thing for thing in THINGS if THINGS[thing] != kind]
     answer = rng.choice(mine)
     options = rng.sample(others, 3) + [answer]
     rng.shuffle(options)
     name = f"is {article(kind)}"
-    named = listing([plural(thing) for thing in rng.sample(mine, 2)])
-    recall = f"{named[0].upper()}{named[1:]} are {plural(kind)}."
-    analyses = [f"{article(thing)} is {article(THINGS[thing])}." for thing in options]
-    return (name, tuple(options)), question(rng, name, options, answer, recall, analyses)
+    if split == "names":
+        analyses = [f"{article(thing)}." for thing in options]
+        row = question(rng, name, options, answer, "Names.", analyses)
+        row["question"]["stem"] = "Name them."
+    else:
+        named = listing([plural(thing) for thing in rng.sample(mine, 2)])
+        recall = f"{named[0].upper()}{named[1:]} are {plural(kind)}."
+        analyses = [f"{article(thing)} is {article(THINGS[thing])}." for thing in options]
+        row = question(rng, name, options, answer, recall, analyses)
+    return (name, tuple(options)), row
 
 
 def draw(split, seed, count):
     """`count` questions of a split, no two with the same meaning."""
-    rng, seen, rows = random.Random(f"{split} {seed}"), set(), []
+    named = "drill" if split in DRILLS else split
+    rng, seen, rows = random.Random(f"{named} {seed}"), set(), []
     while len(rows) < count:
-        meaning, row = draw_drill(rng) if split == "drill" else draw_question(rng, split)
+        meaning, row = draw_drill(rng, split) if split in DRILLS else draw_question(rng, split)
         if meaning not in seen:
             seen.add(meaning)
             rows.append({"id": f"{split}-{seed}-{len(rows)}"} | row)
@@ -174,7 +183,9 @@ def main():
     parser.add_argument("--seed", type=int, default=SEED, help="another seed, other questions")
     parser.add_argument("--count", type=int, default=500, help="how many questions")
     parser.add_argument("--out", help="the file to write")
-    parser.add_argument("--split", choices=SPLITS, default="fresh", help="what to draw from")
+    parser.add_argument(
+        "--split", choices=SPLITS + DRILLS, default="fresh", help="what to draw from"
+    )
     parser.add_argument("--splits", metavar="DIR", help="write the shipped three files there")
     args = parser.parse_args()
     if args.count < 1:

@@ -1,0 +1,159 @@
+"""The trainer: targets in the stages' own prompts, learning, exact resuming, and its refusals."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import train
+from data.prompts import analyze_prompt, recall_prompt, summarize_prompt
+from data.questions import read_questions
+from generate import Tokenizer
+from model import Llama
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "data" / "demo"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with the demo's tokenizer and the configuration of a tiny model, and some data."""
+    folder = tmp_path_factory.mktemp("start")
+    config = json.loads((DEMO / "config.json").read_text())
+    config |= {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "model" / name, folder / name)
+    lines = (DEMO / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "some.jsonl").write_text("".join(lines[:40]))
+    return folder
+
+
+def command(start, out, *more):
+    flags = ["--model", start, "--scratch", "--data", start / "some.jsonl", "--out", out]
+    flags += ["--steps", 12, "--batch-size", 8, "--save-every", 2, "--warmup", 2, "--lr", 0.01]
+    flags += ["--stochastic-depth", 0.5, *more]
+    return [sys.executable, str(ROOT / "data" / "train.py"), *map(str, flags)]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args), capture_output=True, text=True, **kwargs)
+
+
+def test_sequences_hold_the_stage_prompts_and_end_every_segment(start):
+    tokenizer = Tokenizer.from_pretrained(start)
+    eos = min(tokenizer.eos_ids)
+    question = read_questions(start / "some.jsonl", targets=True)[0]
+    ids, labels = train.sequence(question, None, tokenizer)
+
+    def segment(prompt, text):
+        """Whether the sequence has `text` as the labels right after `prompt`."""
+        before, after = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+        assert ids[: len(after)] == after
+        assert labels[len(before) - 1 : len(after)] == after[len(before) :] + [eos]
+        return len(after) - len(before) + 1
+
+    analyses = list(question.analyses)
+    count = segment(recall_prompt(question), f" {question.recall}")
+    count += segment(
+        analyze_prompt(question, question.recall, "A"), f" {analyses[0]}"
+    )  # the first option's prompt is the one that is used
+    summary = f" So the answer is option {question.answer}."
+    count += segment(summarize_prompt(question, question.recall, analyses), summary)
+    for text in analyses[1:]:
+        count += len(tokenizer.encode(f" {text}", bos=False)) + 1
+    assert sum(label != train.IGNORE for label in labels) == count
+
+    order = [2, 0, 3, 1]  # shuffled: the same prompt that inference gives option C, no summary
+    ids, labels = train.sequence(question, order, tokenizer)
+    segment(analyze_prompt(question, question.recall, question.labels[2]), f" {analyses[2]}")
+    assert "Summarize" not in tokenizer.decode(ids)
+
+
+def test_stochastic_depth_rises_with_depth():
+    rng = random.Random(0)
+    masks = torch.stack([train.draw_skip(8, 0.5, rng) for _ in range(4000)]).float()
+    share = masks.mean(0).flatten()
+    expected = 0.5 * torch.arange(16) / 15
+    assert share[0] == 0 and torch.allclose(share, expected, atol=0.03)
+    assert train.draw_skip(8, 0.0, rng) is None
+
+
+def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(start, whole)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        command(start, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 60
+    while not (killed / train.RESUME).exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "model.safetensors").exists()
+    done = run(start, killed)
+    assert done.returncode == 0, done.stderr
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in killed.iterdir()} - {train.RESUME + ".tmp"} == names
+    for name in names:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_fine_tuning_lowers_the_loss_and_side_by_side_changes_nothing(start, tmp_path):
+    first, one, two = tmp_path / "first", tmp_path / "one", tmp_path / "two"
+    assert run(start, first).returncode == 0
+    tuned = ["--data", start / "some.jsonl", "--model", first, "--lr", 0.003]
+    done = [
+        subprocess.run(
+            [a for a in command(start, out, *tuned, "--workers", n) if a != "--scratch"],
+            capture_output=True,
+            text=True,
+        )
+        for out, n in ((one, 1), (two, 2))
+    ]
+    assert [d.returncode for d in done] == [0, 0], done
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    tokenizer = Tokenizer.from_pretrained(start)
+    questions = read_questions(start / "some.jsonl", targets=True)
+    rows = [train.sequence(q, None, tokenizer) for q in questions]
+
+    def loss(folder):
+        model = Llama.from_pretrained(folder, pack=False)
+        return train.validate(model, rows, torch.device("cpu"), 8, train.nullcontext)
+
+    assert loss(one) < loss(first) - 0.1
+
+
+def test_settings_of_another_run_are_refused(start, tmp_path):
+    model = Llama(train.ModelArgs.from_config(json.loads((start / "config.json").read_text())))
+    optimizer = train.make_optimizer(model, 1e-3, 0.1)
+    train.save_state(model, optimizer, tmp_path, 2, "other settings")
+    done = run(start, tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(tmp_path / train.RESUME) in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--lr", "0"], "--lr"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--stochastic-depth", "2"], "--stochastic-depth"),
+        (["--device", "tpu9"], "--device"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--model", "missing"], "missing"),
+        (["--data", str(DEMO / "config.json")], "config.json"),
+    ],
+)
+def test_bad_input_is_one_line(start, tmp_path, more, named):
+    done = run(start, tmp_path / "out", *more, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
