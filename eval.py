@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tqdm import tqdm
 
-from data.cli import FLAGS, make_parser, positive, run, write_json
+from data.cli import FLAGS, interleave, make_parser, positive, progress, rank, run, write_json
 from data.questions import Question, locate, read_questions
 from data.report import describe, print_differences, print_runs, print_stages
 from data.setup import configure, load
-from generate import Exit, Stage, Tokenizer, answer
-from model import KVCache, Llama
+from generate import Exit, Pipeline, Stage
+from model import KVCache
 from skip import POLICIES, Setting
 
 
@@ -55,23 +54,15 @@ def compared(setting: Setting, budgets: Sequence[int], exit: Exit | None, plans:
     return runs
 
 
-def evaluate(
-    model: Llama,
-    tokenizer: Tokenizer,
-    questions: list[Question],
-    runs: list[Run],
-    max_new_tokens: int = 64,
-    batch: int = 1,
-) -> None:
+def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch: int = 1):
     """Answers the questions, `batch` side by side, with every run in turn, after a warm-up."""
     chunks = [questions[i : i + batch] for i in range(0, len(questions), batch)]
     for r in runs:
-        r.caches = [KVCache(model, 1, 0) for _ in range(batch)]
-    with tqdm(total=len(questions) * len(runs), desc="questions", disable=None) as bar:
-        for i, chunk in enumerate([chunks[0], *chunks]):
+        r.caches = [KVCache(pipeline.model, 1, 0) for _ in range(batch)]
+    with progress(total=len(questions) * len(runs), desc="questions") as bar:
+        for i, chunk in enumerate([*chunks[:1], *chunks]):
             for r in runs[i % len(runs) :] + runs[: i % len(runs)]:  # nobody is always first
-                caches = r.caches[: len(chunk)]
-                answered = answer(model, tokenizer, chunk, r.skips, r.exit, max_new_tokens, caches)
+                answered = pipeline.answer(chunk, r.skips, r.exit, r.caches[: len(chunk)])
                 if i > 0:
                     r.answers += [label for label, _ in answered]
                     r.stages += [stages for _, stages in answered]
@@ -89,21 +80,27 @@ def main() -> None:
         help="questions side by side: latencies are then shares of a batch (default: 1)",
     )
     args = parser.parse_args()
-    folder, model, tokenizer = load(args)
+    pipeline, folder = load(args)
+    model = pipeline.model
     questions = read_questions(locate(args.data, args.split))[: args.limit]
-    setting, budgets, exit, plan = configure(args, folder, model, tokenizer)
+    setting, budgets, exit, plan = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0], None)]
     if args.compare:
         runs += compared(setting, budgets, exit, plan.get("frontier", [plan] if plan else []))
     else:
         runs.append(make_run(args.method, setting, budgets, exit))
-    evaluate(model, tokenizer, questions, runs, args.max_new_tokens, args.batch)
+    number, ranks = rank()
+    evaluate(pipeline, questions[number::ranks], runs, args.batch)
+    for r in runs:  # rank k answered questions k, k + ranks, ...: back into their order
+        r.answers, r.stages = interleave(r.answers), interleave(r.stages)
     correct = [question.answer for question in questions]
     entries = [describe(r, runs[0], correct) for r in runs]
     print_runs(entries)
     if not args.compare:
         print_stages(entries)
     print_differences(entries, len(questions))
+    if ranks > 1 or args.batch > 1:
+        print(f"latencies: {ranks} processes at once, shares of batches of {args.batch}")
     report = {
         "model": args.model,
         "data": args.data,
@@ -115,9 +112,10 @@ def main() -> None:
         "seed": args.seed,
         "command": shlex.join(["python", *sys.argv]),
         "batch": args.batch,
+        "ranks": ranks,
         "runs": entries,
     }
-    if args.json:
+    if args.json and number == 0:
         write_json(args.json, report)
 
 

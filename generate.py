@@ -1,4 +1,4 @@
-"""Generation: tokenizers, decoding under a skip set, the confidence exit, the three stages.
+"""Generation: prefill, decoding under a skip set, the confidence exit, the three stages.
 
 Prefill runs all layers, decoding skips. A question is answered in three stages (TinyThinker, Piao
 and Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt
@@ -8,97 +8,32 @@ of each stage holds everything that was generated before.
 """
 
 import string
-import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import sentencepiece
-import tokenizers
 import torch
 from torch import Tensor
 
-from data.cli import FLAGS, make_parser, run
-from data.cli import Parser, write_json  # noqa: F401
-from data.prompts import STAGES, find_answer, finish, stage_prompts
-from data.prompts import analyze_prompt, base_prompt, recall_prompt, summarize_prompt  # noqa: F401
+from data.cli import FLAGS, Parser, make_parser, run, write_json  # noqa: F401
+from data.prompts import (  # noqa: F401
+    STAGES,
+    analyze_prompt,
+    base_prompt,
+    find_answer,
+    finish,
+    recall_prompt,
+    stage_prompts,
+    summarize_prompt,
+)
 from data.questions import Question
-from model import InputError, KVCache, Llama, expect, read_json
+from data.report import print_stage
+from data.tokenizer import Tokenizer
+from model import KVCache, Llama, expect
 from skip import POLICIES
-
-# ---------------------------------------------------------------- tokenizer
-
-
-class Tokenizer:
-    """Text to ids and back, with the ids `transformers` gives for the same folder.
-
-    `tokenizer.json` is read by `tokenizers`, else `tokenizer.model` by `sentencepiece`.
-    eos_ids: the tokens that end a generation.
-    """
-
-    def __init__(self, encode: Callable, decode: Callable, vocab_size: int, eos_ids: set[int]):
-        self._encode, self._decode = encode, decode
-        self.vocab_size, self.eos_ids = vocab_size, eos_ids
-
-    @classmethod
-    def from_pretrained(cls, path) -> "Tokenizer":
-        """Raises InputError if the folder has no tokenizer, a damaged one, or no end token."""
-        folder = Path(path)
-        file = next((folder / n for n in ("tokenizer.json", "tokenizer.model")), None)
-        file = file if file.exists() else folder / "tokenizer.model"
-        if not file.exists():
-            raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model found")
-        try:
-            if file.suffix == ".json":
-                fast = tokenizers.Tokenizer.from_file(str(file))
-                fast.no_padding(), fast.no_truncation()
-                vocab_size = fast.get_vocab_size()
-
-                def encode(text, bos):
-                    return fast.encode(text, add_special_tokens=bos).ids
-
-                decode, default_eos = fast.decode, None
-            else:
-                piece = sentencepiece.SentencePieceProcessor(model_file=str(file))
-                vocab_size, default_eos = piece.vocab_size(), piece.eos_id()
-
-                def encode(text, bos):
-                    return piece.encode(text, add_bos=bos)
-
-                decode = piece.decode
-        except Exception as e:  # both libraries raise bare Exceptions for damaged files
-            raise InputError(f"{file}: not a readable tokenizer ({str(e)[:200]})") from None
-        return cls(encode, decode, vocab_size, find_eos(folder, default_eos, vocab_size))
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        return self._encode(text, bos)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out: `decode(encode(text)) == text`."""
-        return self._decode(ids)
-
-
-def find_eos(folder: Path, default: int | None, vocab_size: int) -> set[int]:
-    """The end tokens: of generation_config.json, else config.json, else the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            eos = read_json(folder / name).get("eos_token_id")
-            if eos is not None:
-                break
-    else:
-        eos = default
-    ids = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise InputError(
-            f"{folder}: no end token; expected 'eos_token_id' in generation_config.json or "
-            f"config.json to name ids below {vocab_size}, found {eos!r}"
-        )
-    return set(ids)
-
 
 # ---------------------------------------------------------------- generation
 
@@ -135,6 +70,11 @@ class Generation(NamedTuple):
     ids: list[int]
     stop: str
     timings: Timings
+
+    def steps(self, last_ids: Collection[int] = ()) -> int:
+        """Decoding steps it took: none for the first token, one more to see an end token."""
+        unseen = self.stop == "eos" and not (self.ids and self.ids[-1] in last_ids)
+        return max(len(self.ids) + unseen - 1, 0)
 
 
 def common_prefix(rows: list[list[int]]) -> int:
@@ -198,8 +138,8 @@ def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, list[int], l
 class Row:
     """A row while it is being decoded: its ids so far, and why it stopped once it has."""
 
-    def __init__(self, length: int, exit: Exit | None):
-        self.length, self.exit = length, exit
+    def __init__(self, length: int, exit: Exit | None, last_ids: Collection[int] = ()):
+        self.length, self.exit, self.last_ids = length, exit, last_ids
         self.ids: list[int] = []
         self.stop: str | None = None
         self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
@@ -210,6 +150,9 @@ class Row:
             self.stop = "eos"
             return
         self.ids.append(token)
+        if token in self.last_ids:
+            self.stop = "eos"
+            return
         self.recent.append(confidence)
         if self.exit and len(self.recent) == self.exit.window:
             if sum(self.recent) <= self.exit.threshold * self.exit.window:
@@ -230,10 +173,12 @@ def generate_batch(
     skip=None,
     exit: Exit | None = None,
     temperature: float = 0.0,
+    last_ids: Collection[int] = (),
 ) -> list[Generation]:
-    """Continues all prompts of all groups together, in their order; see `prefill`, `generate`."""
+    """Continues all prompts of all groups together, in their order; see `prefill`, `generate`.
+    last_ids: tokens that end a text too, but belong to it."""
     context = model.args.max_seq_len
-    rows = [Row(len(prompt), exit) for _, prompts in groups for prompt in prompts]
+    rows = [Row(len(prompt), exit, last_ids) for _, prompts in groups for prompt in prompts]
     fitting = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
     fitting = [(cache, prompts) for cache, prompts in fitting if prompts]
     active = [row for row in rows if 0 < row.length <= context]
@@ -310,87 +255,66 @@ class Stage:
         return self.timings.prefill_s + self.timings.decode_s
 
 
-def run_stage(
-    model: Llama,
-    tokenizer: Tokenizer,
-    index: int,
-    questions: list[Question],
-    said: list[list[list[str]]],
-    caches: list[KVCache],
-    skip=None,
-    exit: Exit | None = None,
-    max_new_tokens: int = 64,
-) -> list[Stage]:
-    """Generates stage `index` (0 recall, 1 analyze, 2 summarize) of some questions side by side.
+@dataclass
+class Pipeline:
+    """A model that answers questions in stages. shots: worked examples before each prompt, of
+    which every text ends at a newline; generated ones then end there, too."""
 
-    said: for each question the texts of the stages before. caches: one of one row for each
-    question, whose prefix is reused. All rows, every option of the analyze stage among them, are
-    decoded as one batch.
-    """
-    prompts = [
-        [tokenizer.encode(prompt) for prompt in stage_prompts(index, question, texts)]
-        for question, texts in zip(questions, said)
-    ]
-    groups = list(zip(caches, prompts))
-    rows = iter(generate_batch(model, groups, max_new_tokens, tokenizer.eos_ids, skip, exit))
-    stages = []
-    for question_prompts in prompts:
-        mine = [next(rows) for _ in question_prompts]
-        texts = [tokenizer.decode(row.ids) for row in mine]
-        texts = texts if index == 2 else [finish(text) for text in texts]
-        stages.append(
-            Stage(
+    model: Llama
+    tokenizer: Tokenizer
+    max_new_tokens: int = 64
+    shots: str = ""
+
+    def prompt_ids(self, index: int, question: Question, said: list[list[str]]) -> list[list[int]]:
+        prompts = stage_prompts(index, question, said)
+        return [self.tokenizer.encode(self.shots + prompt) for prompt in prompts]
+
+    def run_stage(self, index, questions, said, caches, skip=None, exit=None) -> list[Stage]:
+        """Generates stage `index` (0 recall, 1 analyze, 2 summarize) of questions side by side.
+
+        said: for each question the texts of the stages before. caches: a cache of one row for
+        each question, whose prefix is reused. All rows, every option of the analyze stage among
+        them, are decoded as one batch.
+        """
+        prompts = [self.prompt_ids(index, *each) for each in zip(questions, said)]
+        last_ids = self.tokenizer.newline_ids if self.shots else set()
+        options = {"skip": skip, "exit": exit, "last_ids": last_ids}
+        eos_ids, groups = self.tokenizer.eos_ids, list(zip(caches, prompts))
+        rows = generate_batch(self.model, groups, self.max_new_tokens, eos_ids, **options)
+        stages, rows = [], iter(rows)
+        for question_prompts in prompts:
+            mine = [next(rows) for _ in question_prompts]
+            texts = [self.tokenizer.decode(row.ids) for row in mine]
+            texts = [text.split("\n")[0] for text in texts] if self.shots else texts
+            stage = Stage(
                 STAGES[index],
-                texts,
+                texts if index == 2 else [finish(text) for text in texts],
                 stops=[row.stop for row in mine],
                 tokens=sum(len(row.ids) for row in mine),
-                steps=max(max(len(row.ids) + (row.stop == "eos") - 1, 0) for row in mine),
+                steps=max(row.steps(last_ids) for row in mine),
                 prompt_tokens=max(map(len, question_prompts)),
                 timings=mine[0].timings.share(len(questions)),
             )
-        )
-    return stages
+            stages.append(stage)
+        return stages
 
+    def answer(self, questions, skips=(None, None, None), exit=None, caches=None):
+        """Answers questions side by side in three stages, each under its own skip set.
 
-def answer(
-    model: Llama,
-    tokenizer: Tokenizer,
-    questions: list[Question],
-    skips=(None, None, None),
-    exit: Exit | None = None,
-    max_new_tokens: int = 64,
-    caches: list[KVCache] | None = None,
-) -> list[tuple[str | None, list[Stage]]]:
-    """Answers questions side by side in three stages, each under its own skip set.
-
-    Returns (label or None, the three stages) for each; a batch's time is shared out evenly.
-    """
-    caches = caches or [KVCache(model, 1, 0) for _ in questions]
-    done: list[list[Stage]] = [[] for _ in questions]
-    for index, skip in enumerate(skips):
-        said = [[stage.texts for stage in stages] for stages in done]
-        stages = run_stage(
-            model, tokenizer, index, questions, said, caches, skip, exit, max_new_tokens
-        )
-        for mine, stage in zip(done, stages):
-            mine.append(stage)
-    return [(find_answer(stages[2].texts[0]), stages) for stages in done]
+        Returns (label or None, the three stages) for each; a batch's time is shared out evenly.
+        """
+        caches = caches or [KVCache(self.model, 1, 0) for _ in questions]
+        done: list[list[Stage]] = [[] for _ in questions]
+        for index, skip in enumerate(skips):
+            said = [[stage.texts for stage in stages] for stages in done]
+            for stages, stage in zip(
+                done, self.run_stage(index, questions, said, caches, skip, exit)
+            ):
+                stages.append(stage)
+        return [(find_answer(stages[2].texts[0]), stages) for stages in done]
 
 
 # ---------------------------------------------------------------- command
-
-
-def print_stage(stage: Stage, question: Question, n_sublayers: int) -> None:
-    print(stage.name)
-    for label, text, stop in zip(question.labels, stage.texts, stage.stops):
-        option = f"({label}) " if stage.name == "analyze" else ""
-        line = f"{option}{text.strip()} [{stop}]"
-        print(textwrap.fill(line, 78, initial_indent="    ", subsequent_indent="    "))
-    per_token = 1e3 * stage.timings.decode_s / max(stage.tokens, 1)
-    print(
-        f"  {stage.tokens} tokens, {per_token:.2f} ms/token, "
-        f"{stage.timings.skipped:g} of {n_sublayers} sub-layers skipped\n"
-    )
 
 
 def main() -> None:
@@ -406,21 +330,21 @@ def main() -> None:
     args = parser.parse_args()
     wanted = "expected none, to continue the text, or 2 to 26"
     expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
-    folder, model, tokenizer = load(args)
-    setting, budgets, exit, _ = configure(args, folder, model, tokenizer)
+    pipeline, folder = load(args)
+    setting, budgets, exit, _ = configure(args, pipeline, folder)
     skips = [POLICIES[args.method](setting, budget) for budget in budgets]
     if not args.choices:
+        exit = exit if args.exit_threshold else None  # by default a plain text just goes on
+        model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
         ids = tokenizer.encode(args.text)
-        new = generate(
-            model, ids, args.max_new_tokens, tokenizer.eos_ids, skips[0], exit, args.temperature
-        )
+        new = generate(model, ids, most, tokenizer.eos_ids, skips[0], exit, args.temperature)
         print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}]")
         return
     labels = tuple(string.ascii_uppercase[: len(args.choices)])
     question = Question("", args.text, labels, tuple(args.choices), labels[0])
-    label, stages = answer(model, tokenizer, [question], skips, exit, args.max_new_tokens)[0]
+    label, stages = pipeline.answer([question], skips, exit)[0]
     for stage in stages:
-        print_stage(stage, question, 2 * model.args.n_layers)
+        print_stage(stage, labels, 2 * setting.n_layers)
     option = dict(zip(labels, args.choices)).get(label, "no such option")
     print(f"answer: {label} ({option})" if label else "answer: none given")
 

@@ -7,12 +7,11 @@ it was and costs nothing. Shapes use Llama's names: bsz, seqlen, dim, n_heads, n
     python -c "from model import Llama; print(Llama.from_pretrained('data/demo/model').args)"
 """
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -52,61 +51,34 @@ def read_json(path: Path) -> dict:
 
 # ---------------------------------------------------------------- configuration
 
-REQUIRED = object()
-# name in ModelArgs: (key in config.json, default, kind, largest value)
-KEYS = {
-    "dim": ("hidden_size", REQUIRED, int, 1 << 20),
-    "n_layers": ("num_hidden_layers", REQUIRED, int, 1 << 10),
-    "n_heads": ("num_attention_heads", REQUIRED, int, 1 << 16),
-    "n_kv_heads": ("num_key_value_heads", None, int, 1 << 16),
-    "head_dim": ("head_dim", None, int, 1 << 16),
-    "hidden_dim": ("intermediate_size", REQUIRED, int, 1 << 20),
-    "vocab_size": ("vocab_size", REQUIRED, int, 1 << 22),
-    "max_seq_len": ("max_position_embeddings", 2048, int, 1 << 24),
-    "norm_eps": ("rms_norm_eps", 1e-6, float, 1.0),
-    "rope_theta": ("rope_theta", 10000.0, float, 1e12),
-    "tied": ("tie_word_embeddings", False, bool, True),
-    "attention_bias": ("attention_bias", False, bool, True),
-    "mlp_bias": ("mlp_bias", False, bool, True),
-}
 LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3)}
+OPTIONAL = ("n_kv_heads", "head_dim")  # n_heads and dim / n_heads when config.json has none
 
 
-def read_value(config: dict, name: str, key: str, default, kind: type, most):
-    """A configuration's value, of the right kind and size. Raises InputError naming the key."""
-    value = config.get(key)
-    if value is None:
-        expect(default is not REQUIRED, f"{name}: missing key '{key}'")
-        return default
-    fits = isinstance(value, int | kind) and isinstance(value, bool) == (kind is bool)
-    wanted = {int: "an integer", float: "a number", bool: "true or false"}[kind]
-    wanted += "" if kind is bool else f" above 0 and up to {most}"
-    expect(
-        fits and (kind is bool or 0 < value <= most),
-        f"{name}: '{key}' must be {wanted}, found {value!r:.60}",
-    )
-    return kind(value)
+def key(name: str, most=1 << 20, **default):
+    """A ModelArgs field: its key in config.json, its largest value, its default if it has one."""
+    return field(metadata={"key": name, "most": most}, **default)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """The shape of a Llama, named as in Llama's own code."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_dim: int
-    vocab_size: int
-    max_seq_len: int = 2048
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    dim: int = key("hidden_size")
+    n_layers: int = key("num_hidden_layers", 1 << 10)
+    n_heads: int = key("num_attention_heads")
+    n_kv_heads: int = key("num_key_value_heads")
+    head_dim: int = key("head_dim")
+    hidden_dim: int = key("intermediate_size")
+    vocab_size: int = key("vocab_size", 1 << 22)
+    max_seq_len: int = key("max_position_embeddings", 1 << 24, default=2048)
+    norm_eps: float = key("rms_norm_eps", 1.0, default=1e-6)
+    rope_theta: float = key("rope_theta", 1e12, default=10000.0)
     rope_scaling: dict | None = None
-    tied: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    tied: bool = key("tie_word_embeddings", default=False)
+    attention_bias: bool = key("attention_bias", default=False)
+    mlp_bias: bool = key("mlp_bias", default=False)
 
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> "ModelArgs":
@@ -121,25 +93,39 @@ class ModelArgs:
         rope = config.get(key) or {}
         expect(isinstance(rope, dict), f"{name}: '{key}' must be an object, found {rope!r:.60}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        known = f"one of {', '.join(ROPE_NEEDS)}"
         fits = isinstance(kind, str) and kind in ROPE_NEEDS
-        expect(fits, f"{name}: the type of '{key}' must be {known}, found {kind!r:.60}")
-        scaling = {k: read_value(rope, name, k, REQUIRED, float, 1e9) for k in ROPE_NEEDS[kind]}
-        low, high = (scaling.get(f"{end}_freq_factor", i) for i, end in enumerate(("low", "high")))
-        expect(low < high, f"{name}: 'low_freq_factor' must be below 'high_freq_factor'")
-        if "rope_theta" in rope:
-            config = config | {"rope_theta": rope["rope_theta"]}
-        args = {ours: read_value(config, name, *spec) for ours, spec in KEYS.items()}
+        expect(fits, f"{name}: type of '{key}': expected {list(ROPE_NEEDS)}, found {kind!r:.60}")
+        scaling = {k: read_number(rope, name, k, float, 1e9) for k in ROPE_NEEDS[kind]}
+        ordered = kind != "llama3" or scaling[LLAMA3[0]] < scaling[LLAMA3[1]]
+        expect(ordered, f"{name}: 'low_freq_factor' must be below 'high_freq_factor'")
+        config = config | {k: rope[k] for k in ("rope_theta",) if k in rope}
+        args = {}
+        for f in fields(cls):
+            if f.name != "rope_scaling":
+                key, default = f.metadata["key"], None if f.name in OPTIONAL else f.default
+                args[f.name] = read_number(config, name, key, f.type, f.metadata["most"], default)
         dim, heads = args["dim"], args["n_heads"]
         kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
         divides = heads % kv_heads == 0
         expect(divides, f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads")
         divides = args["head_dim"] is not None or dim % heads == 0
         expect(divides, f"{name}: 'num_attention_heads' {heads} must divide 'hidden_size' {dim}")
-        args["head_dim"] = args["head_dim"] or dim // heads
-        even = args["head_dim"] % 2 == 0
-        expect(even, f"{name}: 'head_dim' must be even, found {args['head_dim']}")
+        head_dim = args["head_dim"] = args["head_dim"] or dim // heads
+        expect(head_dim % 2 == 0, f"{name}: 'head_dim' must be even, found {head_dim}")
         return cls(**args, rope_scaling={"rope_type": kind} | scaling if scaling else None)
+
+
+def read_number(config: dict, name: str, key: str, kind: type, most, default=MISSING):
+    """A number or flag of a configuration, or its default. Raises InputError naming the key."""
+    value = default if config.get(key) is None else config[key]
+    expect(value is not MISSING, f"{name}: missing key '{key}'")
+    if value is None:
+        return None
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    wanted = "true or false" if kind is bool else f"{kind.__name__} above 0 and up to {most}"
+    fits = fits and (kind is bool or 0 < value <= most)
+    expect(fits, f"{name}: '{key}' must be {wanted}, found {value!r:.60}")
+    return kind(value)
 
 
 # ---------------------------------------------------------------- layers
@@ -373,39 +359,33 @@ class Llama(nn.Module):
         """
         seqlen = tokens.shape[1]
         end = pos + seqlen
-        if cache is None:
-            rope, pad = self.rope(torch.arange(end, device=tokens.device)), None
-        else:
-            rope, pad = cache.rope, cache.pad
-        rope = [table[pos:end] for table in rope]
-        mask = None
+        tables = self.rope(torch.arange(end, device=tokens.device)) if cache is None else cache.rope
+        rope = [table[pos:end] for table in tables]
+        pad, mask = cache and cache.pad, None
         if seqlen > 1 or pad is not None:
             keys = torch.arange(end, device=tokens.device)
             mask = keys <= keys[pos:, None]  # (seqlen, end): causal
         if pad is not None:
             positions = (keys[pos:] - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
-            rope = [table[positions] for table in cache.rope]
+            rope = [table[positions] for table in tables]
             hole = keys < pad[:, None, None, None]
             # a padding token sees itself, so that its softmax has something to normalise
             mask = (mask & ~hole) | (keys == keys[pos:, None])  # (bsz, 1, seqlen, end)
         rows = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
         x = F.embedding(tokens, self.embed.weight)  # (bsz, seqlen, dim)
-        for i, (layer, (no_attention, no_ffn)) in enumerate(zip(self.layers, rows)):
-            before = x
-            if not no_attention:
-                kv = None if cache is None else cache.layers[i]
-                x = x + layer.attention(layer.attention_norm(x), rope, mask, kv, pos)
+        for i, layer in enumerate(self.layers):
+            for sub in (0, 1):
+                skipped, before = rows[i][sub], x
+                if skipped:
+                    x = x if skipped == 1 else x * skipped
+                    continue
+                if sub == 0:
+                    kv = None if cache is None else cache.layers[i]
+                    x = x + layer.attention(layer.attention_norm(x), rope, mask, kv, pos)
+                else:
+                    x = x + layer.ffn(layer.ffn_norm(x))
                 if probe is not None:
-                    probe(i, 0, before, x)
-            elif no_attention != 1:
-                x = x * no_attention
-            before = x
-            if not no_ffn:
-                x = x + layer.ffn(layer.ffn_norm(x))
-                if probe is not None:
-                    probe(i, 1, before, x)
-            elif no_ffn != 1:
-                x = x * no_ffn
+                    probe(i, sub, before, x)
         x = self.norm(x[:, -1:] if last else x)
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
@@ -444,8 +424,6 @@ class Llama(nn.Module):
             model = cls(args)
         files = find_tensors(folder, dict(model.tensors()), args.tied)
         dtype = dtype or STORED[files[EMBED][1]]
-        needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        check_memory(folder, needed, torch.device(device))
         model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
         for module, named in model.parts():
             for name, target in named.items():
@@ -520,37 +498,7 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
     return found
 
 
-def check_memory(folder: Path, needed: int, device: torch.device) -> None:
-    """Raises InputError if the weights are larger than the free memory of the device."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        meminfo = Path("/proc/meminfo")  # elsewhere nothing is known, and nothing refused
-        lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-        free = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvail")), needed)
-    figures = f"{needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"
-    expect(needed <= free, f"{folder}: too large for {device}: {figures}")
-
-
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor; the file is opened anew, so that pages mapped before go back to the system."""
     with safe_open(file, "pt") as f:
         return f.get_tensor(name)
-
-
-def checkpoint_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's configuration, weights and tokenizer: what a result belongs to."""
-    folder = Path(folder)
-    files = {
-        "config": [folder / "config.json"],
-        "weights": sorted(weight_files(folder)),
-        "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
-    }
-    digests = {}
-    for key, paths in files.items():
-        total = hashlib.sha256()
-        for path in filter(Path.exists, paths):
-            with open(path, "rb") as f:
-                total.update(hashlib.file_digest(f, "sha256").digest())
-        digests[key] = total.hexdigest()
-    return digests

@@ -22,15 +22,14 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 
 import torch
-from tqdm import tqdm
 
-from data.cli import Journal, fractions, make_parser, positive, run, write_json
-from data.prompts import STAGES, find_answer, stage_prompts
+from data import cli
+from data.prompts import STAGES, find_answer
 from data.questions import Question, locate, read_questions
-from data.report import print_scan
-from data.setup import IMPORTANCE_QUESTIONS, importance_of, load
-from generate import Exit, Stage, Tokenizer, prefill, run_stage
-from model import KVCache, Llama, checkpoint_digests, expect
+from data.report import print_plan, print_scan
+from data.setup import IMPORTANCE_QUESTIONS, checkpoint_digests, importance_of, load
+from generate import Exit, Pipeline, Stage, prefill
+from model import KVCache, Llama, expect
 from skip import Importance, Setting, litestage, rank
 
 THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
@@ -141,18 +140,19 @@ def measure_steps(model: Llama, cache: KVCache, tokens: torch.Tensor, pos: int, 
     return [full * median(column) for column in ratios], median(spread) / ROUNDS**0.5
 
 
-def measure(model: Llama, tokenizer: Tokenizer, questions: list[Question], granularity: str):
+def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> dict:
     """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
     budget at a typical question, seconds per prefilled token of every stage, noise."""
-    importance, answered = importance_of(model, tokenizer, questions)
+    model = pipeline.model
+    importance, answered = importance_of(pipeline, questions)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity)
     masks = [litestage(setting, budget) for budget in range(2 * model.args.n_layers + 1)]
     by_length = sorted(zip(answered, questions), key=lambda a: sum(s.tokens for s in a[0]))
     stages, question = by_length[len(by_length) // 2]
     said = [stage.texts for stage in stages]
     step_s, noise = [], []
-    for index in tqdm(range(len(STAGES)), "step times", leave=False, disable=None):
-        prompts = [tokenizer.encode(prompt) for prompt in stage_prompts(index, question, said)]
+    for index in cli.progress(range(len(STAGES)), "step times"):
+        prompts = pipeline.prompt_ids(index, question, said)
         cache, _ = prefill(model, [(KVCache(model, 1, 0), prompts)], 1)
         tokens = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
         times = measure_steps(model, cache, tokens, max(map(len, prompts)), masks)
@@ -174,15 +174,15 @@ class Evaluator:
     target is out of reach even if all remaining questions were right.
     """
 
-    def __init__(self, model, tokenizer, questions, journal: Journal, args):
-        self.model, self.tokenizer, self.questions = model, tokenizer, questions
+    def __init__(self, pipeline: Pipeline, questions: list[Question], journal: cli.Journal, args):
+        self.pipeline, self.questions = pipeline, questions
         self.journal, self.args = journal, args
         self.measured = journal.find("measured")[0]
         table = self.measured["importance"]
         importance = Importance(**{key: torch.tensor(value) for key, value in table.items()})
         ranking = rank(importance.similarity, args.granularity)
         self.setting = Setting(importance, ranking, args.granularity)
-        self.caches = [KVCache(model, 1, 0) for _ in range(BATCH)]
+        self.caches = [KVCache(pipeline.model, 1, 0) for _ in range(BATCH)]
         self.made: dict[tuple, Stage] = {}  # by question, stage, budget, threshold, texts before
         self.trials = {(tuple(t["budgets"]), t["threshold"]): t for t in journal.find("trial")}
         self.generated, self.naive = 0, 0  # question-stages, run and without any saving
@@ -197,16 +197,13 @@ class Evaluator:
             keys = [(q, index, budget, threshold, str(s)) for q, s in zip(chosen, said)]
             new = [i for i, key in enumerate(keys) if key not in self.made]
             if new:
-                made = run_stage(
-                    self.model,
-                    self.tokenizer,
+                made = self.pipeline.run_stage(
                     index,
                     [self.questions[chosen[i]] for i in new],
                     [said[i] for i in new],
                     [self.caches[i] for i in new],
                     litestage(self.setting, budget),
                     exit,
-                    self.args.max_new_tokens,
                 )
                 self.made |= {keys[i]: stage for i, stage in zip(new, made)}
                 self.generated += len(new)
@@ -221,15 +218,25 @@ class Evaluator:
         known = self.trials.get(point)
         if known and not (known["abandoned"] and known["accuracy"] >= target - 1e-9):
             return known
-        for start in range(0, n, BATCH):
-            chosen = list(range(start, min(start + BATCH, n)))
-            done += self.stages(chosen, point)
+        number, ranks = cli.rank()
+        for start in range(0, n, BATCH * ranks):
+            chosen = list(range(start, min(start + BATCH * ranks, n)))
+            done += cli.interleave(self.stages(chosen[number::ranks], point))
             labels = [find_answer(stages[2].texts[0]) for stages in done[start:]]
             right += sum(label == self.questions[q].answer for q, label in zip(chosen, labels))
             at_best = right + n - len(done)
             if at_best / n < target - 1e-9:
                 break
-        stage_s = [self.latency(done, index, budget) for index, budget in enumerate(point[0])]
+        # a stage's latency: its new prompt tokens and its steps, at the seconds measured up front
+        prefill_s = [
+            token_s * mean(new_tokens(stages, index) for stages in done)
+            for index, token_s in enumerate(self.measured["token_s"])
+        ]
+        decode_s = [
+            self.measured["step_s"][index][budget] * mean(stages[index].steps for stages in done)
+            for index, budget in enumerate(point[0])
+        ]
+        stage_s = [sum(each) for each in zip(prefill_s, decode_s)]
         stops = [stop for stages in done for stage in stages for stop in stage.stops]
         trial = {
             "budgets": list(point[0]),
@@ -245,15 +252,6 @@ class Evaluator:
         self.journal.append("trial", trial)
         return trial
 
-    def latency(self, done: list[list[Stage]], index: int, budget: int) -> float:
-        """A stage's latency, mean per question: its new prompt tokens and its decoding steps, at
-        the seconds each that were measured before the search."""
-        step_s = self.measured["step_s"][index][budget]
-        steps = mean(stages[index].steps for stages in done)
-        return steps * step_s + self.measured["token_s"][index] * mean(
-            new_tokens(stages, index) for stages in done
-        )
-
 
 # ---------------------------------------------------------------- command
 
@@ -262,25 +260,22 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
     """(point, trials in their order) for one target, shown as they come in."""
     args, log = evaluator.args, []
     total = len(order) * len(budgets) + len(THRESHOLDS)
-    with tqdm(total=total, desc=f"target {target:.1%}", leave=False, disable=None) as bar:
+    with cli.progress(total=total, desc=f"target {target:.1%}") as bar:
 
         def evaluate(point: Point, target: float) -> dict:
             bar.update()
             return evaluator(point, target)
 
         def show(stage: int | None, trials: list[dict], chosen: dict | None) -> None:
-            name, knob = ("exit", "threshold") if stage is None else (STAGES[stage], "budget")
-            column = [t["threshold"] if stage is None else t["budgets"][stage] for t in trials]
-            named = [{"stage": name, knob: value} | t for value, t in zip(column, trials)]
-            mark = next((t for t, trial in zip(named, trials) if trial is chosen), None)
-            log.extend(named)
+            name = "exit" if stage is None else STAGES[stage]
+            tried = [t["threshold"] if stage is None else t["budgets"][stage] for t in trials]
+            log.extend({"stage": name, "budget": b} | t for b, t in zip(tried, trials))
             bar.clear()
-            print_scan(name, knob, named, target, mark, evaluator.measured["noise"])
+            print_scan(name, tried, trials, target, chosen, evaluator.measured["noise"])
 
-        thresholds = [args.exit_threshold]
-        if args.exit_threshold is None:
-            thresholds = [Exit().threshold, *(t for t in THRESHOLDS if t != Exit().threshold)]
-        point = greedy(evaluate, order, budgets, target, thresholds, show)
+        first = Exit().threshold if args.exit_threshold is None else args.exit_threshold
+        others = () if args.exit_threshold is not None else THRESHOLDS
+        point = greedy(evaluate, order, budgets, target, [first, *{*others} - {first}], show)
         if args.refine:
             start, point = point, refine(evaluate, point, budgets, target, deadline)
             gain = evaluator(start, 0.0)["latency_s"] / evaluator(point, 0.0)["latency_s"]
@@ -289,20 +284,21 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
 
 
 def main() -> None:
-    flags = ("--model", "--data", "--limit", "--seed", "--device", "--dtype", "--granularity")
-    parser = make_parser(__doc__, *flags, "--exit-threshold", "--exit-window", "--max-new-tokens")
+    own = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
+    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own)
     add = parser.add_argument
     add("--out", default="plan.json", metavar="FILE", help="the plan (default: %(default)s)")
     losses = "accuracy that may be lost, e.g. 0.01,0.04 for two plans (default: 0.01)"
-    add("--epsilon", type=fractions, default=[0.01], metavar="E,...", help=losses)
-    add("--max-budget", type=positive, metavar="N", help="the largest (default: all but two)")
-    add("--step", type=positive, default=1, metavar="N", help="between budgets (default: 1)")
+    add("--epsilon", type=cli.fractions, default=[0.01], metavar="E,...", help=losses)
+    add("--max-budget", type=cli.positive, metavar="N", help="the largest (default: all but two)")
+    add("--step", type=cli.positive, default=1, metavar="N", help="between budgets (default: 1)")
     neighbours = "then try neighbours of the chosen budgets for so long"
     add("--refine", type=float, default=0, metavar="MINUTES", help=neighbours)
     args = parser.parse_args()
     began = time.monotonic()
     args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
-    folder, model, tokenizer = load(args)
+    pipeline, folder = load(args)
+    model = pipeline.model
     n_sublayers = 2 * model.args.n_layers
     last = args.max_budget or n_sublayers - 2
     expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
@@ -313,63 +309,55 @@ def main() -> None:
         "model": {"name": args.model, **checkpoint_digests(folder)},
         "data": hashlib.sha256(file.read_bytes()).hexdigest(),
         "n": len(questions),
-        "settings": [args.granularity, args.exit_window, args.max_new_tokens],
+        "settings": [args.granularity, args.exit_window, args.max_new_tokens, args.shots],
         "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    journal = Journal(Path(f"{args.out}.{digest[:12]}.journal"))
+    journal = cli.Journal(Path(f"{args.out}.{digest[:12]}.journal"))
     if not journal.find("measured"):
         few = questions[:IMPORTANCE_QUESTIONS]
         journal.append("key", key)
-        journal.append("measured", measure(model, tokenizer, few, args.granularity))
-    evaluator = Evaluator(model, tokenizer, questions, journal, args)
+        journal.append("measured", measure(pipeline, few, args.granularity))
+    evaluator = Evaluator(pipeline, questions, journal, args)
     full = evaluator(FULL, 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
     print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
     slowest = ", ".join(f"{STAGES[i]} {1e3 * full['stage_s'][i]:.2f} ms" for i in order)
     print(f"slowest stage first: {slowest}")
 
+    shared = {
+        "format": 1,
+        "model": key["model"],
+        "data": args.data,
+        "split": "valid",
+        "n": len(questions),
+        "granularity": args.granularity,
+        "ranking": evaluator.setting.ranking,
+        **evaluator.measured,
+        "full": full,
+        "command": shlex.join(["python", *sys.argv]),
+    }
     plans = []
     for epsilon in sorted(set(args.epsilon), reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
         target, deadline = full["accuracy"] - epsilon, began + 60 * args.refine
         budgets = list(range(0, last + 1, args.step))
         point, log = find_plan(evaluator, order, budgets, target, deadline)
-        plan = {
-            "format": 1,
-            "model": key["model"],
-            "data": args.data,
-            "split": "valid",
-            "n": len(questions),
-            "granularity": args.granularity,
-            "importance": evaluator.measured["importance"],
-            "ranking": evaluator.setting.ranking,
-            "budgets": point[0],
-            "exit": Exit(args.exit_window, point[1])._asdict() if point[1] else None,
-            "epsilon": epsilon,
-            "full": full,
-            "chosen": evaluator(point, 0.0),
-            "trials": log,
-            "step_s": evaluator.measured["step_s"],
-            "token_s": evaluator.measured["token_s"],
-            "command": shlex.join(["python", *sys.argv]),
-        }
-        plans.insert(0, plan)
+        exit = Exit(args.exit_window, point[1])._asdict() if point[1] else None
+        chosen = evaluator(point, 0.0)
+        found = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
+        plans.insert(0, {**shared, **found, "trials": log})
     keys = ("epsilon", "budgets", "exit", "chosen")
     plans[0]["frontier"] = [{key: plan[key] for key in keys} for plan in plans]
     for i, plan in enumerate(plans):
         out = Path(args.out)
         out = out.with_name(f"{out.stem}-{plan['epsilon']:g}{out.suffix}") if i else out
-        write_json(out, plan)
-        chosen, exit = plan["chosen"], plan["exit"] and plan["exit"]["threshold"]
-        print(
-            f"\n{out}: budgets {plan['budgets']}, exit at {exit}; on validation accuracy "
-            f"{chosen['accuracy']:.1%}\n  (full {full['accuracy']:.1%}, epsilon "
-            f"{plan['epsilon']:g}), speed-up {full['latency_s'] / chosen['latency_s']:.2f}x"
-        )
+        print_plan(out, plan)
+        if cli.rank()[0] == 0:
+            cli.write_json(out, plan)
     took = f"{time.monotonic() - began:.0f} s"
     print(f"\n{evaluator.generated} question-stages generated, naively {evaluator.naive}; {took}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

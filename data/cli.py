@@ -1,4 +1,4 @@
-"""What the commands share: flags, one-line errors, files written whole or not at all.
+"""What the commands share: flags, one-line errors, whole files, ranks, progress bars.
 
 python eval.py -h
 """
@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+from tqdm import tqdm
+
 from model import DTYPES, InputError
 from skip import POLICIES
 
@@ -20,6 +23,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
     return value
+
+
+def natural(text: str) -> int:
+    """A whole number from zero, for argparse."""
+    return 0 if text == "0" else positive(text)
 
 
 def fraction(text: str) -> float:
@@ -63,10 +71,13 @@ FLAGS = {
     "--exit-threshold": (None, fraction, "T", "mean confidence that ends a stage; 0: never"),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
-    "--shots": (0, int, "K", "worked examples before each question, for an untuned model"),
+    "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
     "--compile": (False, bool, None, "on a GPU replay each stage's step as a CUDA graph"),
     "--json": (None, Path, "FILE", "write the report there"),
 }
+
+
+MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--max-new-tokens", "--shots")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,16 +105,47 @@ def make_parser(doc: str, *flags: str) -> Parser:
 def run(main: Callable[[], None]) -> None:
     """Runs a command: a user's mistake or Ctrl-C is one line on stderr, a closed pipe none."""
     try:
+        if rank()[0] > 0:  # under torchrun the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
         main()
         sys.stdout.flush()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if rank()[0] == 0:
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def rank() -> tuple[int, int]:
+    """(this process's number, how many there are): (0, 1) unless torchrun started several."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")  # only small objects travel, whatever the device
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order, on every rank."""
+    world = rank()[1]
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def interleave(mine: list) -> list:
+    """The items of all ranks, where rank k has items k, k + world, ..., in their order."""
+    shards = gather(mine)
+    return [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
+
+
+def progress(*args, **kwargs) -> tqdm:
+    """A progress bar on stderr: of the first rank, and only where somebody can see it."""
+    return tqdm(*args, leave=False, disable=True if rank()[0] else None, **kwargs)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -123,7 +165,10 @@ class Journal:
     """JSON lines, each fsynced before the work goes on; a torn last line is dropped."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.file = path, None
+        if rank()[0] > 0:  # one rank reads and writes, the others are told
+            self.lines = gather(None)[0]
+            return
         try:
             raw = path.read_bytes() if path.exists() else b""
             whole = raw[: raw.rfind(b"\n") + 1]
@@ -135,16 +180,19 @@ class Journal:
             raise InputError(f"{path}: the journal cannot be opened ({e.strerror})") from None
         except ValueError as e:
             raise InputError(f"{path}: not a journal of ours ({e}); delete it") from None
+        gather(self.lines)
 
     def find(self, kind: str) -> list:
         """All values of a kind, in the order they were appended."""
         return [line[kind] for line in self.lines if kind in line]
 
     def append(self, kind: str, value) -> None:
+        value = gather(value)[0]
         try:
-            self.file.write(json.dumps({kind: value}).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            if self.file is not None:
+                self.file.write(json.dumps({kind: value}).encode() + b"\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e.strerror})") from None
         self.lines.append(json.loads(json.dumps({kind: value})))

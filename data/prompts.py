@@ -50,6 +50,17 @@ def find_answer(summary: str) -> str | None:
     return match and match[1]
 
 
+def worked(question: Question) -> str:
+    """A worked example for an untuned model, from a question with targets. Here every text ends at
+    a newline, which the model will imitate."""
+    said = zip(question.labels, question.analyses)
+    analyses = "\n".join(f"For option {label}, {text}" for label, text in said)
+    return (
+        f"{recall_prompt(question)} {question.recall}\nAnalyze: {analyses}\n"
+        f"Summarize: So the answer is option {question.answer}.\n\n"
+    )
+
+
 def stage_prompts(index: int, question: Question, said: list[list[str]]) -> list[str]:
     """The prompts of stage `index`; `said` holds what the stages before it generated."""
     if index == 0:

@@ -6,6 +6,7 @@ Entries are those of the JSON report's "runs" and of a plan's "trials".
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from statistics import mean
 
@@ -127,23 +128,59 @@ def print_differences(runs: list[dict], n: int) -> None:
             )
 
 
-def print_scan(title: str, knob: str, trials: list[dict], target: float, chosen, noise: float):
-    """What a search tried: the paper's table for one stage. `knob` names the column scanned."""
+def print_scan(title: str, tried: list, trials: list[dict], target: float, chosen, noise: float):
+    """What a search tried: the paper's table for one stage, `tried` its budgets or thresholds."""
     print(f"\n{title}: target accuracy {target:.1%}")
-    print(f"{knob:>10}{'accuracy':>11}{'tokens':>9}{'ms':>9}{'exits':>7}{'meets':>7}{'chosen':>8}")
+    print(
+        f"{'tried':>10}{'accuracy':>11}{'tokens':>9}{'ms':>9}{'exits':>7}{'meets':>7}{'chosen':>8}"
+    )
     close = []
-    for t in trials:
+    for knob, t in zip(tried, trials):
         meets = not t["abandoned"] and t["accuracy"] >= target - 1e-9
         took = "-" if t["abandoned"] else f"{1e3 * t['latency_s']:.2f}"
         accuracy = f"{'<=' if t['abandoned'] else ''}{t['accuracy']:.1%}"
-        mark = "  <--" if t is chosen else ""
         print(
-            f"{t[knob]:>10}{accuracy:>11}{t['tokens']:>9.1f}{took:>9}{t['exit_rate']:>7.0%}"
-            f"{'yes' if meets else 'no':>7}{mark}"
+            f"{knob:>10}{accuracy:>11}{t['tokens']:>9.1f}{took:>9}{t['exit_rate']:>7.0%}"
+            f"{'yes' if meets else 'no':>7}{'  <--' if t is chosen else ''}"
         )
-        if chosen and meets and not mark and t["latency_s"] < chosen["latency_s"] * (1 + noise):
-            close.append(str(t[knob]))
+        if chosen and t is not chosen and meets:
+            close += [str(knob)] if t["latency_s"] < chosen["latency_s"] * (1 + noise) else []
     if chosen is None:
         print("none meets the target: nothing changes")
     if close:
-        print(f"within the measuring noise of the chosen {knob}: {', '.join(close)}")
+        print(f"as fast within the measuring noise: {', '.join(close)}")
+
+
+def print_plan(out, plan: dict) -> None:
+    """What a search chose, on the validation questions."""
+    chosen, full, exit = plan["chosen"], plan["full"], plan["exit"]
+    print(
+        f"\n{out}: budgets {plan['budgets']}, exit at {exit and exit['threshold']}; accuracy "
+        f"{chosen['accuracy']:.1%}\n  (full {full['accuracy']:.1%}, epsilon {plan['epsilon']:g}), "
+        f"speed-up {full['latency_s'] / chosen['latency_s']:.2f}x, on validation"
+    )
+
+
+def print_importance(similarity, ranking: list) -> None:
+    """The similarity of every sub-layer, and the order in which they are skipped."""
+    names = ("attention", "ffn")
+    print(f"{'layer':>5}  {'attention':<36}{'ffn':<36}")
+    for layer, row in enumerate(similarity):
+        bars = (f"{float(s):7.4f} {'#' * round(26 * max(float(s), 0)):<28}" for s in row)
+        print(f"{layer:>5}  {''.join(bars)}".rstrip())
+    order = " ".join(f"{layer}{names[sub][0]}" for layer, sub in ranking)
+    print(textwrap.fill(f"skipped first to last (a: attention, f: ffn): {order}", 78))
+
+
+def print_stage(stage, labels: Sequence[str], n_sublayers: int) -> None:
+    """One stage of one question, as it was generated."""
+    print(stage.name)
+    for label, text, stop in zip(labels, stage.texts, stage.stops):
+        option = f"({label}) " if stage.name == "analyze" else ""
+        line = f"{option}{text.strip()} [{stop}]"
+        print(textwrap.fill(line, 78, initial_indent="    ", subsequent_indent="    "))
+    per_token = 1e3 * stage.timings.decode_s / max(stage.tokens, 1)
+    print(
+        f"  {stage.tokens} tokens, {per_token:.2f} ms/token, "
+        f"{stage.timings.skipped:g} of {n_sublayers} sub-layers skipped\n"
+    )

@@ -4,18 +4,19 @@ python generate.py -h
 """
 
 import argparse
+import hashlib
 import os
 import re
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from tqdm import tqdm
 
-from data.prompts import STAGES, stage_prompts
+from data.cli import progress
+from data.prompts import STAGES, worked
 from data.questions import Question, locate, read_questions
-from generate import Exit, Tokenizer, answer
-from model import DTYPES, InputError, Llama, checkpoint_digests, expect, read_json
+from generate import Exit, Pipeline, Tokenizer
+from model import DTYPES, InputError, Llama, expect, read_json, weight_files
 from skip import Importance, Setting, measure_importance, rank
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +24,8 @@ SMALL = 30_000_000  # parameters; below, products are too short to be shared amo
 IMPORTANCE_QUESTIONS = 32  # enough: with more of the demo's the first half does not change
 
 
-def load(args: argparse.Namespace) -> tuple[Path, Llama, Tokenizer]:
-    """The checkpoint that --model, --device and --dtype name: its folder, model and tokenizer."""
+def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
+    """The checkpoint that --model, --device and --dtype name, ready to answer, and its folder."""
     folder = find_checkpoint(args.model)
     try:
         device = torch.device(args.device)
@@ -33,13 +34,27 @@ def load(args: argparse.Namespace) -> tuple[Path, Llama, Tokenizer]:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {args.device}: expected cpu or a cuda ({reason})") from None
     torch.manual_seed(args.seed)
+    check_memory(folder, device)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Llama.from_pretrained(folder, device, DTYPES.get(args.dtype))
     sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.args.vocab_size}"
     expect(tokenizer.vocab_size <= model.args.vocab_size, f"{folder}: {sizes}")
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
-    return folder, model, tokenizer
+    return Pipeline(model, tokenizer, args.max_new_tokens, read_shots(args)), folder
+
+
+def check_memory(folder: Path, device: torch.device) -> None:
+    """Raises InputError if the weights are larger than the free memory of the device."""
+    needed = sum(file.stat().st_size for file in weight_files(folder) if file.exists())
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        meminfo = Path("/proc/meminfo")  # elsewhere nothing is known, and nothing refused
+        lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+        free = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvail")), needed)
+    figures = f"{needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"
+    expect(needed <= free, f"{folder}: too large for {device}: {figures}")
 
 
 def find_checkpoint(name: str) -> Path:
@@ -86,50 +101,82 @@ def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
     return plan | {"importance": importance}
 
 
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's configuration, weights and tokenizer: what a result belongs to."""
+    folder = Path(folder)
+    files = {
+        "config": [folder / "config.json"],
+        "weights": sorted(weight_files(folder)),
+        "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
+    }
+    digests = {}
+    for key, paths in files.items():
+        total = hashlib.sha256()
+        for path in filter(Path.exists, paths):
+            with open(path, "rb") as f:
+                total.update(hashlib.file_digest(f, "sha256").digest())
+        digests[key] = total.hexdigest()
+    return digests
+
+
 def check_budgets(name: str, budgets: list[int], n_layers: int) -> None:
     """Raises InputError unless there are three budgets, from 0 to 2 x n_layers."""
     fit = len(budgets) == 3 and all(type(b) is int and 0 <= b <= 2 * n_layers for b in budgets)
     expect(fit, f"{name} {budgets}: expected three numbers from 0 to {2 * n_layers}, a stage each")
 
 
-def importance_of(model: Llama, tokenizer: Tokenizer, questions: list[Question]):
+def importance_of(pipeline: Pipeline, questions: list[Question]):
     """(Importance over the questions' three prefills, their stages), written by the full model."""
     answered, prompts = [], []
-    for question in tqdm(questions, "importance", leave=False, disable=None):
-        stages = answer(model, tokenizer, [question])[0][1]
+    for question in progress(questions, "importance"):
+        stages = pipeline.answer([question])[0][1]
         said = [stage.texts for stage in stages]
-        rows = [tokenizer.encode(stage_prompts(i, question, said)[0]) for i in range(len(STAGES))]
-        prompts.append([row for row in rows if len(row) <= model.args.max_seq_len])
+        rows = [pipeline.prompt_ids(i, question, said)[0] for i in range(len(STAGES))]
+        prompts.append([row for row in rows if len(row) <= pipeline.model.args.max_seq_len])
         answered.append(stages)
-    return measure_importance(model, prompts), answered
+    return measure_importance(pipeline.model, prompts), answered
 
 
-def configure(args: argparse.Namespace, folder: Path, model: Llama, tokenizer: Tokenizer):
-    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets with an
-    importance measured now on validation questions. The demo comes with a plan."""
-    n_layers, plan, path = model.args.n_layers, {}, args.plan
+def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
+    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets
+    with an importance measured now on validation questions. The demo comes with a plan."""
+    n_layers, plan, path = pipeline.model.args.n_layers, {}, args.plan
     if path is None and args.stage_budgets is None and args.model == "demo":
         path = ROOT / "data" / "demo" / "plan.json"
     if path is not None:
         plan = read_plan(path, folder, n_layers)
     budgets = args.stage_budgets or plan.get("budgets", [0, 0, 0])
     check_budgets("--stage-budgets", budgets, n_layers)
-    found = Exit(**(plan.get("exit") or {}))
-    threshold = found.threshold if args.exit_threshold is None else args.exit_threshold
-    exit = Exit(args.exit_window or found.window, threshold) if threshold > 0 else None
+    exit = Exit(**plan["exit"]) if plan.get("exit") else Exit(threshold=0.0 if plan else 0.5)
+    exit = exit._replace(window=args.exit_window or exit.window)
+    if args.exit_threshold is not None:
+        exit = exit._replace(threshold=args.exit_threshold)
     granularity = args.granularity or plan.get("granularity", "sublayer")
     importance = plan.get("importance")
+    if importance is None and not any(budgets) and not getattr(args, "compare", False):
+        importance = Importance(torch.zeros(n_layers, 2), torch.ones(n_layers, 2))  # not needed
     if importance is None:
-        questions = read_questions(locate_validation(args.data))[:IMPORTANCE_QUESTIONS]
-        importance, _ = importance_of(model, tokenizer, questions)
-    ranking = rank(importance.similarity, granularity)
-    return Setting(importance, ranking, granularity, args.seed), budgets, exit, plan
+        questions = validation_questions(args.data)[:IMPORTANCE_QUESTIONS]
+        importance, _ = importance_of(pipeline, questions)
+    setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
+    return setting, budgets, exit if exit.threshold > 0 else None, plan
 
 
-def locate_validation(data: str) -> Path:
-    """The validation questions of a data set, or else its test questions: importance, which is
-    all that is measured on them, does not look at the answers."""
+def read_shots(args: argparse.Namespace) -> str:
+    """The first --shots worked examples of the data set, "" for none."""
+    if not args.shots:
+        return ""
+    file = locate(args.data, "shots")
+    examples = read_questions(file, targets=True)
+    expect(len(examples) >= args.shots, f"--shots {args.shots}: {file} has {len(examples)}")
+    return "".join(map(worked, examples[: args.shots]))
+
+
+def validation_questions(data: str) -> list[Question]:
+    """Those of a data set, or else its test questions: importance, which is all that is measured
+    on them, does not look at the answers."""
     try:
-        return locate(data, "valid")
+        file = locate(data, "valid")
     except InputError:
-        return locate(data, "test")
+        file = locate(data, "test")
+    return read_questions(file)
