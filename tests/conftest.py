@@ -33,7 +33,7 @@ BASE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 320,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
@@ -86,6 +86,8 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
             tensor = 0.3 * tensor  # less than the sub-layers add, or a tied model repeats itself
         else:
             tensor = tensor / math.sqrt(shape[1])
+            if name == "lm_head.weight":
+                tensor = 3 * tensor  # confidences of all sizes
         tensors[name] = tensor
     return tensors
 

@@ -190,7 +190,7 @@ def test_configuration_is_read_in_llamas_own_names():
     args = ModelArgs.from_config(BASE)
     assert (args.dim, args.hidden_dim, args.n_layers) == (32, 48, 3)
     assert (args.n_heads, args.n_kv_heads, args.head_dim) == (4, 2, 8)
-    assert (args.vocab_size, args.max_seq_len, args.norm_eps) == (320, 256, 1e-5)
+    assert (args.vocab_size, args.max_seq_len, args.norm_eps) == (320, 512, 1e-5)
     assert not (args.tied or args.attention_bias or args.mlp_bias or args.rope_scaling)
 
 

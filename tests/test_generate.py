@@ -1,0 +1,656 @@
+"""Tokenizers, decoding under a skip set, why a text stops, and the three stages.
+
+Everything here runs in debug mode, where a cache slot that nobody wrote holds NaN, and every
+forward is checked to be finite: no test passes that has read a hole.
+
+python -m pytest -q tests/test_generate.py
+"""
+
+import json
+import os
+import shutil
+from functools import partial
+
+import plain
+import pytest
+import torch
+from conftest import BASE
+from safetensors.torch import load_file
+
+import model as module
+from data.prompts import (
+    analyze_prompt,
+    base_prompt,
+    find_answer,
+    finish,
+    recall_prompt,
+    stage_prompts,
+    summarize_prompt,
+)
+from data.questions import Question
+from generate import Exit, Pipeline, Timings, Tokenizer, generate, generate_batch
+from model import InputError, KVCache, Llama
+from skip import POLICIES, Importance, Setting, mask_of, measure_importance, rank
+
+ROBIN = Question("1", "Which can fly?", ("A", "B"), ("a robin", "an oak"), "A")
+SOUP = Question(
+    "2",
+    "Which is best eaten hot, with a spoon?",
+    ("A", "B", "C", "D", "E"),
+    ("ice, crushed", "soup", "salt, pepper, and oil", "grass", "a car"),
+    "B",
+)
+BEES = Question("3", "What do bees make?", ("A", "B", "C"), ("honey", "milk", "wool"), "A")
+SKIPS = (mask_of([(0, 0), (1, 1)], 3), mask_of([(1, 0), (2, 1), (0, 1)], 3), mask_of([(2, 0)], 3))
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Debug mode, and every forward by its (bsz, seqlen, whether it skips)."""
+    monkeypatch.setattr(module, "DEBUG", True)
+    forward, seen = Llama.forward, []
+
+    def checked(self, tokens, cache=None, pos=0, skip=None, *args, **kwargs):
+        logits = forward(self, tokens, cache, pos, skip, *args, **kwargs)
+        assert logits.isfinite().all(), "a cache slot was read that nothing had written"
+        seen.append((*tokens.shape, skip is not None and bool(skip.count_nonzero())))
+        return logits
+
+    monkeypatch.setattr(Llama, "forward", checked)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_pretrained(folder)
+
+
+def ids_of(n: int, seed=0) -> list[int]:
+    return torch.randint(300, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def batch(llama, rows, *args, **options):
+    """Continues rows in one batch, each with a cache of its own."""
+    groups = [(KVCache(llama, 1, 0), [row]) for row in rows]
+    return generate_batch(llama, groups, *args, **options)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+TRICKY = [
+    "a",
+    "Which of these can fly?\n(A) a robin, a bird (B) trout\nRecall:",
+    "a\n\nb\n",
+    "tab\there\r\n",
+    "two  spaces   and more ",
+    "é ü ß Ω",
+    "e\u0301 is two characters",
+    "emoji 🙂👩‍👩‍👧",
+    "日本語 mixed 中a文b",
+    "“quotes” — and 'others'",
+    "a\u00a0b zero\u200bwidth",
+    "1234567.89 %$#@ <>{}[]\\",
+    "x" * 60,
+]
+
+
+@pytest.mark.parametrize("text", TRICKY + ["", " ", " leading", "\n", "  \n  "])
+def test_decode_gives_back_what_encode_was_given(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_llama2s_sentencepiece_gives_texts_back(shared, tmp_path, text):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_begin_token_only_on_request(tokenizer):
+    with_it, without = tokenizer.encode("a robin"), tokenizer.encode("a robin", bos=False)
+    assert with_it == [0] + without and 0 not in without
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_ids_of_tokenizer_json_are_those_of_transformers(folder, tokenizer, text):
+    transformers = pytest.importorskip("transformers", reason="a live comparison needs it")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode(text) == theirs(text)["input_ids"]
+    assert tokenizer.encode(text, bos=False) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["tokenizers/llama2", "checkpoints/stories260K"])
+def test_ids_of_tokenizer_model_are_those_of_transformers(shared, tmp_path, name):
+    transformers = pytest.importorskip("transformers", reason="a live comparison needs it")
+    pytest.importorskip("google.protobuf", reason="transformers needs it for tokenizer.model")
+    shutil.copy(shared / name / "tokenizer.model", tmp_path)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    for text in TRICKY:
+        if "stories" not in name or "  " not in text:  # its model drops repeated spaces
+            assert ours.encode(text) == theirs(text)["input_ids"], text
+
+
+def test_llama2_ids_that_transformers_gives(shared, tmp_path):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_ids == {2} and tokenizer.vocab_size == 32000
+    for text, ids in {
+        "Hello world": [15043, 3186],
+        "Recall:": [3599, 497, 29901],
+        "a\n\nb\n": [263, 13, 13, 29890, 13],
+        "日本語": [29871, 30325, 30346, 30968],
+        "(A) x, y": [313, 29909, 29897, 921, 29892, 343],
+    }.items():
+        assert tokenizer.encode(text) == [1] + ids
+        assert tokenizer.encode(text, bos=False) == ids
+
+
+def test_tokenizer_json_goes_before_tokenizer_model(tmp_path, tokenizer_json):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a SentencePiece model")
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    assert Tokenizer.from_pretrained(tmp_path).vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    "config, generation, expected",
+    [(5, None, {5}), (5, 7, {7}), (5, [7, 9], {7, 9}), ([5, 6], None, {5, 6})],
+)
+def test_generation_config_names_the_end_tokens_first(
+    tmp_path, tokenizer_json, config, generation, expected
+):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": config}))
+    if generation is not None:
+        options = json.dumps({"eos_token_id": generation})
+        (tmp_path / "generation_config.json").write_text(options)
+    assert Tokenizer.from_pretrained(tmp_path).eos_ids == expected
+
+
+@pytest.mark.parametrize("eos", [None, -1, 300, "</s>", [], [1, 300]])
+def test_a_tokenizer_without_a_usable_end_token_is_refused(tmp_path, tokenizer_json, eos):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": eos}))
+    with pytest.raises(InputError, match="eos_token_id"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- why a text stops
+
+COUNT = {i: (i + 1, 0.9) for i in range(30)}  # 0, 1, 2, ... 30
+
+
+def test_end_token_ends_a_text_and_is_no_part_of_it(make_chain):
+    llama = make_chain(COUNT)
+    assert generate(llama, [3], 20, eos_id=8)[:2] == ([4, 5, 6, 7], "eos")
+    assert generate(llama, [3], 20, eos_id=[20, 7])[:2] == ([4, 5, 6], "eos")
+    assert generate(llama, [3], 20, eos_id=4)[:2] == ([], "eos"), "the very first"
+    assert generate(llama, [4, 3], 3, eos_id=4)[1] == "eos", "one in the prompt is only text"
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_length_stops_after_max_new_tokens(make_chain, n):
+    llama = make_chain(COUNT)
+    assert generate(llama, [3], n, eos_id=30)[:2] == (list(range(4, 4 + n)), "length")
+
+
+@pytest.mark.parametrize("prompt, n", [(1, 16), (2, 15), (15, 2), (16, 1), (17, 0), (40, 0)])
+def test_context_stops_when_the_last_position_has_spoken(make_chain, prompt, n):
+    """16 positions: the token that the last one gives is the last; it has no place itself."""
+    llama = make_chain(COUNT, max_position_embeddings=16)
+    found = generate(llama, [29] * (prompt - 1) + [0], 100, eos_id=31)
+    assert found[:2] == (list(range(1, 1 + n)), "context")
+
+
+def test_length_before_context_and_end_token_before_both(make_chain):
+    llama = make_chain(COUNT, max_position_embeddings=4)
+    assert generate(llama, [0, 1], 3)[1] == "length", "three tokens fit exactly"
+    assert generate(llama, [0, 1], 4)[:2] == ([2, 3, 4], "context")
+    assert generate(llama, [0, 1], 3, eos_id=4)[:2] == ([2, 3], "eos")
+
+
+def test_the_last_position_is_computed_right(folder, llama, make_checkpoint):
+    """A model of 12 positions writes what one of 512 with the same weights writes."""
+    short = Llama.from_pretrained(make_checkpoint(max_position_embeddings=12))
+    prompt = ids_of(5)
+    found, expected = generate(short, prompt, 50), generate(llama, prompt, 8)
+    assert found[:2] == (expected.ids, "context") and expected.stop == "length"
+
+
+# confidences 0.9, 0.8, 0.3, 0.6, 0.9, 0.9, ...
+UNSURE = COUNT | {1: (2, 0.8), 2: (3, 0.3), 3: (4, 0.6)}
+
+
+@pytest.mark.parametrize(
+    "window, threshold, n",
+    [
+        (1, 0.31, 3),  # 0.3
+        (1, 0.29, None),
+        (2, 0.56, 3),  # (0.8 + 0.3) / 2 = 0.55
+        (2, 0.54, 4),  # (0.3 + 0.6) / 2 = 0.45
+        (2, 0.44, None),
+        (3, 0.58, 4),  # (0.8 + 0.3 + 0.6) / 3 = 0.567; the three before: 0.667
+        (3, 0.67, 3),
+        (3, 0.56, None),
+        (4, 0.6505, 4),  # 0.65, the first mean there is
+        (4, 0.649, None),  # and again 0.65, then 0.675, ...
+        (5, 0.5, None),
+        (1, 0.95, 1),
+        (5, 1.0, 5),  # never before the window is full
+    ],
+)
+def test_confidence_exit_takes_the_mean_of_the_last_window(make_chain, window, threshold, n):
+    llama = make_chain(UNSURE)
+    found = generate(llama, [0], 12, exit=(window, threshold))
+    stop = "length" if n is None else "confidence"
+    assert found[:2] == (list(range(1, 13))[:n], stop)
+
+
+def test_confidence_exit_at_the_threshold_itself(make_chain):
+    """32 equal probabilities of exactly 1/32: the mean is at the threshold, so it stops."""
+    llama = make_chain({})
+    assert generate(llama, [3], 9, exit=Exit(4, 1 / 32))[:2] == ([0] * 4, "confidence")
+    assert generate(llama, [3], 9, exit=Exit(4, 1 / 33))[1] == "length"
+
+
+def test_no_exit_never_exits(make_chain):
+    assert generate(make_chain({}), [3], 9, exit=None)[1] == "length"
+    assert Exit() == (5, 0.5), "the defaults that are documented"
+
+
+def test_an_end_token_ends_before_confidence_is_asked(make_chain):
+    llama = make_chain(UNSURE)
+    assert generate(llama, [0], 9, eos_id=3, exit=(1, 0.5))[:2] == ([1, 2], "eos")
+
+
+def test_temperature_is_drawn_by_the_seed(llama):
+    def draw(seed, temperature=1.0):
+        torch.manual_seed(seed)
+        return generate(llama, ids_of(5), 12, temperature=temperature).ids
+
+    greedy = generate(llama, ids_of(5), 12).ids
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1) != greedy
+    assert draw(1, 1e-4) == draw(2, 0.0) == greedy
+
+
+def test_temperature_draws_by_probability(make_chain):
+    """One token of 90%, the others of 10% together; at temperature 2 of 3 to 5.6."""
+    torch.manual_seed(0)
+    llama = make_chain({i: (7, 0.9) for i in range(32)}, max_position_embeddings=1000)
+    for temperature, expected in ((1.0, 0.9), (2.0, 0.35)):
+        ids = generate(llama, [7], 300, temperature=temperature).ids
+        assert ids.count(7) / 300 == pytest.approx(expected, abs=0.08)
+
+
+# ---------------------------------------------------------------- decoding under a skip set
+
+
+@pytest.fixture(scope="module")
+def follows(folder):
+    """plain.follows with the tiny model's weights."""
+    return partial(plain.follows, load_file(folder / "model.safetensors"), BASE)
+
+
+def test_generate_is_greedy(llama, follows):
+    prompt = ids_of(9)
+    found = generate(llama, prompt, 24)
+    assert len(found.ids) == 24 and follows(prompt, found.ids)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_prefill_runs_all_layers_and_decoding_skips(llama, follows, skip):
+    """The first token is the full model's, the others are those of a prompt that was computed in
+    full and of tokens that left the sub-layers out."""
+    prompt = ids_of(9)
+    found = generate(llama, prompt, 24, skip=skip)
+    assert follows(prompt, found.ids, skip)
+    assert found.ids[0] == generate(llama, prompt, 1).ids[0]
+    assert found.ids != generate(llama, prompt, 24).ids
+    assert found.timings.skipped == skip.count_nonzero()
+
+
+def test_a_skip_set_may_be_a_function_of_the_step(llama, follows):
+    prompt, steps = ids_of(9), []
+
+    def skip(step):
+        steps.append(step)
+        return mask_of([(i, sub) for i in range(min(step // 4, 2)) for sub in (0, 1)], 3)
+
+    found = generate(llama, prompt, 13, skip=skip)
+    assert steps == list(range(12)), "one for every token after the first"
+    assert follows(prompt, found.ids, skip)
+    assert found.timings.skipped == pytest.approx((4 * 0 + 4 * 2 + 4 * 4) / 12)
+
+
+def test_a_number_in_the_skip_set_multiplies_the_stream(llama, follows):
+    prompt, skip = ids_of(9), torch.tensor([[0, 1.3], [0.6, 0], [0, 0]])
+    found = generate(llama, prompt, 20, skip=skip)
+    assert follows(prompt, found.ids, skip) and not follows(prompt, found.ids, skip != 0)
+
+
+def test_adaskip_watches_the_decoding(llama):
+    """Where every similarity reaches the threshold, all FFNs are left out after the window."""
+    importance = measure_importance(llama, [[ids_of(9)]])
+    low = Importance(importance.similarity - 9, importance.ratio)
+    skip = POLICIES["adaskip"](Setting(low, rank(low.similarity)), 1)
+    generate(llama, ids_of(9), 8, skip=skip)
+    assert skip.now[:, 1].all() and skip.now[:, 0].count_nonzero() <= 1
+    generate(llama, ids_of(9), 2, skip=skip)
+    assert skip.now.count_nonzero() == 1, "a new request starts anew"
+
+
+def test_one_preempted_step_does_not_count():
+    timings = Timings(0.5, [0.25, 0.25, 9.0, 0.25])
+    assert timings.decode_s == 1.0
+    assert Timings(0.5, []).decode_s == 0.0
+
+
+# ---------------------------------------------------------------- batches
+
+PROMPTS = [ids_of(n, seed=n) for n in (7, 1, 23, 12, 3)]
+COMMON = [ids_of(6) + ids_of(n, seed=n) for n in (4, 1, 9)]
+
+
+@pytest.mark.parametrize("skip", [None, *SKIPS])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0), (1, 1, 2), (3,), (2, 3)])
+def test_a_rows_tokens_do_not_depend_on_the_other_rows(llama, skip, order):
+    """End tokens are drawn from what some rows say, so that rows leave at different times."""
+    alone = [generate(llama, prompt, 12, skip=skip).ids for prompt in PROMPTS]
+    eos = {alone[0][4], alone[2][7], alone[3][1]}
+    expected = [generate(llama, PROMPTS[i], 12, eos, skip)[:2] for i in order]
+    found = batch(llama, [PROMPTS[i] for i in order], 12, eos, skip)
+    assert [row[:2] for row in found] == expected
+    assert len({len(ids) for ids, _ in expected}) > 1 or len(order) < 3
+
+
+@pytest.mark.parametrize("skip", [None, *SKIPS])
+def test_prompts_of_a_group_share_their_beginning(llama, calls, skip):
+    """What a group has in common is computed once; the tokens are those of single rows."""
+    expected = [generate(llama, prompt, 12, skip=skip)[:2] for prompt in COMMON]
+    calls.clear()
+    found = generate_batch(llama, [(KVCache(llama, 1, 0), COMMON)], 12, (), skip)
+    assert [row[:2] for row in found] == expected
+    assert [call[:2] for call in calls[:2]] == [(1, 6), (3, 9)]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[PROMPTS[0]], COMMON],
+        [COMMON, [PROMPTS[2]], [PROMPTS[1], PROMPTS[3]]],
+        [[PROMPTS[2], PROMPTS[2]], [PROMPTS[2][:5], PROMPTS[2]]],  # the same, one in the other
+        [[PROMPTS[1]], [PROMPTS[1]]],
+    ],
+)
+def test_groups_of_any_kind_go_side_by_side(llama, groups):
+    rows = [prompt for group in groups for prompt in group]
+    expected = [generate(llama, prompt, 10, skip=SKIPS[1])[:2] for prompt in rows]
+    caches = [KVCache(llama, 1, 0) for _ in groups]
+    for _ in range(2):  # the second time everything lies in the caches already
+        found = generate_batch(llama, list(zip(caches, groups)), 10, (), SKIPS[1])
+        assert [row[:2] for row in found] == expected
+
+
+def test_finished_rows_leave_the_batch(make_chain, calls):
+    llama = make_chain(COUNT)
+    found = batch(llama, [[9], [5], [7]], 20, {11})
+    assert [row.ids for row in found] == [[10], [6, 7, 8, 9, 10], [8, 9, 10]]
+    assert [bsz for bsz, seqlen, _ in calls] == [3, 3, 2, 2, 1, 1], "a prefill and five steps"
+
+
+def test_each_row_has_its_own_exit_and_its_own_context(make_chain):
+    llama = make_chain(UNSURE, max_position_embeddings=10)
+    found = batch(llama, [[0], [5], [6] * 8, [6] * 11], 9, {8}, exit=Exit(2, 0.56))
+    assert [row[:2] for row in found] == [
+        ([1, 2, 3], "confidence"),
+        ([6, 7], "eos"),
+        ([7], "eos"),
+        ([], "context"),
+    ]
+    found = batch(llama, [[0], [5], [6] * 8, [6] * 10, [6] * 11], 7)
+    assert [(len(row.ids), row.stop) for row in found] == [
+        (7, "length"),
+        (7, "length"),
+        (3, "context"),
+        (1, "context"),
+        (0, "context"),
+    ]
+
+
+# ---------------------------------------------------------------- prompts and answers
+
+
+def test_stage_prompts_are_tinythinkers():
+    question = "Which can fly?\n(A) a robin (B) an oak"
+    assert base_prompt(ROBIN) == question
+    assert recall_prompt(ROBIN) == question + "\nRecall:"
+    assert (
+        analyze_prompt(ROBIN, "Birds fly.", "B")
+        == question + "\nRecall: Birds fly.\nAnalyze: For option B,"
+    )
+    assert summarize_prompt(ROBIN, "Birds fly.", ["a bird.", "a tree."]) == (
+        question + "\nRecall: Birds fly."
+        "\nAnalyze: For option A, a bird. For option B, a tree.\nSummarize:"
+    )
+
+
+def test_each_stage_asks_what_it_is_given():
+    said = [["Birds fly."], ["a bird.", "a tree."]]
+    assert stage_prompts(0, ROBIN, []) == [recall_prompt(ROBIN)]
+    assert stage_prompts(1, ROBIN, said[:1]) == [
+        analyze_prompt(ROBIN, "Birds fly.", label) for label in "AB"
+    ]
+    assert stage_prompts(2, ROBIN, said) == [summarize_prompt(ROBIN, *said[0], said[1])]
+
+
+def test_options_come_from_the_data_commas_and_all():
+    assert base_prompt(SOUP).endswith(
+        "\n(A) ice, crushed (B) soup (C) salt, pepper, and oil (D) grass (E) a car"
+    )
+    prompts = stage_prompts(1, SOUP, [["Soup is hot."]])
+    assert [prompt[-len("For option X,") :] for prompt in prompts] == [
+        f"For option {label}," for label in "ABCDE"
+    ]
+
+
+def test_labels_are_the_questions_own():
+    odd = Question("4", "Which?", ("B", "D"), ("x", "y"), "D")
+    assert recall_prompt(odd) == "Which?\n(B) x (D) y\nRecall:"
+    assert stage_prompts(1, odd, [["z."]])[1].endswith("\nRecall: z.\nAnalyze: For option D,")
+    assert "For option B, p. For option D, q." in stage_prompts(2, odd, [["z."], ["p.", "q."]])[0]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (" Birds fly", "Birds fly."),
+        ("Birds fly. \n", "Birds fly."),
+        ('He said "no"', 'He said "no"'),
+        ("the birds'", "the birds'"),
+        ("Do birds fly?", "Do birds fly?."),
+        ("so,", "so,."),
+        ("", "."),
+        (" \n", "."),
+        ("two\nlines", "two\nlines."),
+    ],
+)
+def test_finish_strips_and_ends_with_a_full_stop(text, expected):
+    assert finish(text) == expected
+    assert finish(finish(text)) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (" So the answer is option B.", "B"),
+        ("the answer is option A. No, the answer is option C.", "A"),
+        ("the answer is option AB. the answer is option C.", "C"),
+        ("So the answer is option B", None),
+        ("So the answer is option b.", None),
+        ("So the answer is B.", None),
+        ("The answer is option B.", None),
+        ("the answer is option (B).", None),
+        ("", None),
+    ],
+)
+def test_find_answer_takes_the_first_match_or_none(text, expected):
+    assert find_answer(text) == expected
+
+
+# ---------------------------------------------------------------- the three stages
+
+
+def answer(llama, tokenizer, questions, skips=(None,) * 3, exit=None, n=10, caches=None):
+    return Pipeline(llama, tokenizer, n).answer(questions, skips, exit, caches)
+
+
+def afresh(llama, tokenizer, question, skips, exit=None, n=10):
+    """The stages one prompt at a time, nothing shared: [(texts, stops, tokens)] of each."""
+    said, stages = [], []
+    for index, skip in enumerate(skips):
+        prompts = [tokenizer.encode(text) for text in stage_prompts(index, question, said)]
+        rows = [generate(llama, ids, n, tokenizer.eos_ids, skip, exit) for ids in prompts]
+        texts = [tokenizer.decode(row.ids) for row in rows]
+        texts = texts if index == 2 else [finish(text) for text in texts]
+        stages.append((texts, [row.stop for row in rows], sum(len(row.ids) for row in rows)))
+        said.append(texts)
+    return stages
+
+
+def told(stages):
+    return [(stage.texts, stage.stops, stage.tokens) for stage in stages]
+
+
+@pytest.mark.parametrize("skips", [(None,) * 3, SKIPS, SKIPS[::-1], (None, SKIPS[0], SKIPS[1])])
+@pytest.mark.parametrize("question", [ROBIN, BEES, SOUP], ids=["2", "3", "5 options"])
+def test_one_cache_through_three_stages_changes_nothing(llama, tokenizer, question, skips):
+    """Stages with different skip sets, whose holes lie in different layers."""
+    ((label, stages),) = answer(llama, tokenizer, [question], skips, None, 10)
+    assert told(stages) == afresh(llama, tokenizer, question, skips)
+    assert [stage.name for stage in stages] == ["recall", "analyze", "summarize"]
+    assert [len(stage.texts) for stage in stages] == [1, len(question.options), 1]
+    assert label == find_answer(stages[2].texts[0])
+    assert all("context" not in stage.stops for stage in stages)
+
+
+def test_the_stages_differ_by_their_skip_sets(llama, tokenizer):
+    """Or the test above would show nothing."""
+    full, skipped = (answer(llama, tokenizer, [BEES], s, None, 10) for s in ((None,) * 3, SKIPS))
+    assert told(full[0][1])[0] != told(skipped[0][1])[0]
+    counts = [stage.timings.skipped for stage in skipped[0][1]]
+    assert counts == [2, 3, 1] and [stage.timings.skipped for stage in full[0][1]] == [0] * 3
+
+
+def test_exit_applies_in_every_stage(llama, tokenizer):
+    exit = Exit(3, 0.2)
+    ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, exit, 12)
+    assert told(stages) == afresh(llama, tokenizer, SOUP, SKIPS, exit, 12)
+    stops = [stop for stage in stages for stop in stage.stops]
+    assert "confidence" in stops and "length" in stops
+
+
+def test_what_was_in_the_cache_before_does_not_matter(llama, tokenizer):
+    cache = KVCache(llama, 1, 0)
+    for question in (SOUP, ROBIN, BEES, BEES, SOUP):
+        ((_, stages),) = answer(llama, tokenizer, [question], SKIPS, None, 10, [cache])
+        assert told(stages) == afresh(llama, tokenizer, question, SKIPS)
+
+
+def test_questions_side_by_side_answer_as_alone(llama, tokenizer):
+    questions = [SOUP, ROBIN, BEES]
+    for (label, stages), question in zip(
+        answer(llama, tokenizer, questions, SKIPS, None, 10), questions
+    ):
+        assert told(stages) == afresh(llama, tokenizer, question, SKIPS)
+        assert label == find_answer(stages[2].texts[0])
+
+
+def test_debug_mode_changes_no_text(llama, tokenizer, monkeypatch):
+    poisoned = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
+    monkeypatch.setattr(module, "DEBUG", False)
+    plainly = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
+    assert told(poisoned[0][1]) == told(plainly[0][1])
+
+
+def test_what_all_layers_have_prefilled_is_not_prefilled_again(llama, tokenizer, calls):
+    """And what was decoded under a skip set is: only common prefixes of prompts are reused."""
+    ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
+    prefilled = [bsz * seqlen for bsz, seqlen, skips in calls if not skips]
+    decoded = [bsz * seqlen for bsz, seqlen, skips in calls if skips]
+    said = [stage.texts for stage in stages]
+    first, options, last = (
+        [tokenizer.encode(text) for text in stage_prompts(i, SOUP, said)] for i in range(3)
+    )
+    both = len(os.path.commonprefix(options))
+    tail = max(map(len, options)) - both
+    assert prefilled == [
+        len(first[0]),
+        both - len(os.path.commonprefix([first[0], options[0][:both]])),
+        5 * tail,
+        len(last[0]) - len(os.path.commonprefix([last[0], options[0][:both]])),
+    ]
+    assert sum(prefilled) < len(first[0]) + sum(map(len, options)) + len(last[0])
+    assert sum(decoded) == sum(stage.tokens for stage in stages) - 7, "all but each text's first"
+
+
+def test_stages_count_tokens_steps_and_prompts(tokenizer, llama):
+    caches = [KVCache(llama, 1, 0)]
+    pipeline = Pipeline(llama, tokenizer, 6)
+    (stage,) = pipeline.run_stage(1, [SOUP], [[["Soup."]]], caches, SKIPS[0])
+    prompts = [tokenizer.encode(text) for text in stage_prompts(1, SOUP, [["Soup."]])]
+    assert stage.stops == ["length"] * 5 and stage.tokens == 30 and stage.steps == 5
+    assert stage.prompt_tokens == max(map(len, prompts))
+    assert all(text.endswith((".", '"', "'")) for text in stage.texts)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("budget", [0, 2, 3, 6])
+def test_no_policy_ever_reads_a_hole(llama, tokenizer, name, budget):
+    """Every policy in every stage, one cache, two questions; see `calls` for what is checked."""
+    importance = measure_importance(llama, [[ids_of(9)]])
+    setting = Setting(importance, rank(importance.similarity), horizon=4)
+    skips = [POLICIES[name](setting, stage) for stage in (budget, max(budget - 1, 0), budget)]
+    cache = KVCache(llama, 1, 0)
+    for question in (SOUP, ROBIN):
+        ((_, stages),) = answer(llama, tokenizer, [question], skips, Exit(3, 0.2), 8, [cache])
+        if name != "adaskip":  # which watches the whole batch
+            assert told(stages) == afresh(llama, tokenizer, question, skips, Exit(3, 0.2), 8)
+
+
+# ---------------------------------------------------------------- prompts that do not fit
+
+
+def test_a_prompt_that_does_not_fit_is_reported_not_a_crash(make_checkpoint, tokenizer):
+    """At every length of the context each stage either writes or says `context`."""
+    longest = len(tokenizer.encode(recall_prompt(SOUP)))
+    seen = set()
+    for context in (8, longest - 1, longest, longest + 6, longest + 20, longest + 40):
+        llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=context))
+        ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
+        assert told(stages) == afresh(llama, tokenizer, SOUP, SKIPS)
+        for stage in stages:
+            if stage.prompt_tokens > context:
+                seen.add(stage.name)
+                assert "context" in stage.stops
+            if stage.prompt_tokens > context and len(stage.texts) == 1:
+                assert stage.tokens == stage.steps == 0 and stage.texts[0] in ("", ".")
+    assert seen == {"recall", "analyze", "summarize"}
+
+
+def test_one_that_does_not_fit_leaves_its_neighbours_alone(make_checkpoint, tokenizer):
+    context = len(tokenizer.encode(recall_prompt(SOUP))) - 1
+    llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=context))
+    questions = [ROBIN, SOUP, BEES]
+    found = answer(llama, tokenizer, questions, SKIPS, None, 4)
+    for (_, stages), question in zip(found, questions):
+        assert told(stages) == afresh(llama, tokenizer, question, SKIPS, None, 4)
+    assert found[1][1][0].stops == ["context"] and found[0][1][0].stops == ["length"]
+
+
+def test_an_answer_is_none_where_nothing_was_said(make_checkpoint, tokenizer):
+    llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=8))
+    ((label, stages),) = answer(llama, tokenizer, [ROBIN])
+    assert label is None and all(set(stage.stops) == {"context"} for stage in stages)
