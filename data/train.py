@@ -1,10 +1,10 @@
 """Train a Llama on the three stages: from scratch (the demo) or from any checkpoint.
 
 Every question with its "recall" and "analyze" texts becomes one sequence, exactly the stage prompts
-of generate.py; only what a stage generates is learned, and the last token of each such segment is
-taught to end the text, although the sequence goes on. Half of the sequences hold the options in
-order and then the summary, half hold them shuffled and no summary, because in use an option is
-analyzed with no other before it.
+of data/prompts.py; only what a stage generates is learned, and the last token of each such segment
+is taught to end the text, although the sequence goes on. In half of the sequences the options are
+analyzed in a random order, because in use each is analyzed with no other before it. The summary's
+few tokens weigh more, since one of them is the answer.
 
 Stochastic depth (Huang et al. 2016) skips random sub-layers while training, deeper ones more often,
 so that skipping them later costs less. Whatever is random in a step depends on the seed and the
@@ -40,7 +40,7 @@ from data.questions import Question, read_questions
 from generate import Tokenizer
 from model import InputError, Llama, ModelArgs, read_json
 
-IGNORE = -100  # the label of a token that is not learned
+SUMMARY_WEIGHT = 8.0  # of a token of the summary in the loss, where others weigh 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 VALID_QUESTIONS = 128  # of --valid that the loss is measured on
 RESUME = "resume.safetensors"  # weights, optimizer and step of a run that is not finished
@@ -48,48 +48,47 @@ RESUME = "resume.safetensors"  # weights, optimizer and step of a run that is no
 # ---------------------------------------------------------------- sequences
 
 
-def pieces(question: Question, order: list[int] | None) -> list[tuple[str, bool]]:
-    """The text of a question's stages in pieces, and whether a stage generates the piece.
+def pieces(question: Question, order: list[int]) -> list[tuple[str, float]]:
+    """The text of a question's stages in pieces, and what a token of each weighs in the loss.
 
-    order: the options' indices in the order of their analyses, without a summary; None keeps the
-    question's own order and ends with the summary.
+    order: the options' indices in the order of their analyses.
     """
-    parts = [(base_prompt(question) + "\nRecall:", False), (f" {question.recall}", True)]
-    parts.append(("\nAnalyze:", False))
-    for i in range(len(question.labels)) if order is None else order:
-        parts.append((f" For option {question.labels[i]},", False))
-        parts.append((f" {question.analyses[i]}", True))
-    if order is None:
-        parts.append(("\nSummarize:", False))
-        parts.append((f" So the answer is option {question.answer}.", True))
+    parts = [(base_prompt(question) + "\nRecall:", 0.0), (f" {question.recall}", 1.0)]
+    parts.append(("\nAnalyze:", 0.0))
+    for i in order:
+        parts.append((f" For option {question.labels[i]},", 0.0))
+        parts.append((f" {question.analyses[i]}", 1.0))
+    parts.append(("\nSummarize:", 0.0))
+    parts.append((f" So the answer is option {question.answer}.", SUMMARY_WEIGHT))
     return parts
 
 
 def sequence(question: Question, order: list[int] | None, tokenizer: Tokenizer):
-    """(ids, labels): labels[i] is what the model shall say after ids[i], or IGNORE."""
-    parts = pieces(question, order)
+    """(ids, labels, weights): labels[i] is what the model shall say after ids[i], and counts
+    weights[i] in the loss. order: as for `pieces`; None is the question's own."""
+    parts = pieces(question, order or list(range(len(question.labels))))
     ids = tokenizer.encode("".join(text for text, _ in parts))
-    labels = [IGNORE] * len(ids)
+    labels, weights = [0] * len(ids), [0.0] * len(ids)
     eos, text, start = min(tokenizer.eos_ids), "", 0
-    for piece, generated in parts:
+    for piece, weight in parts:
         text += piece
         end = start  # of the tokens that the text so far has in common with the whole
         for end, (a, b) in enumerate(zip(tokenizer.encode(text), ids), 1):  # noqa: B007
             if a != b:
                 end -= 1
                 break
-        if generated:
+        if weight:
             labels[start - 1 : end] = [*ids[start:end], eos]
+            weights[start - 1 : end] = [weight] * (end - start + 1)
         start = end
-    return ids, labels
+    return ids, labels, weights
 
 
-def batch(rows: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, each (bsz, seqlen), padded on the right, where causality hides it."""
-    seqlen = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([ids + [0] * (seqlen - len(ids)) for ids, _ in rows], device=device)
-    labels = [labels + [IGNORE] * (seqlen - len(labels)) for _, labels in rows]
-    return tokens, torch.tensor(labels, device=device)
+def batch(rows: list[tuple[list, list, list]], device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and weights (bsz, seqlen), padded on the right, where causality hides it."""
+    seqlen = max(len(row[0]) for row in rows)
+    padded = ([part + [0] * (seqlen - len(part)) for part in parts] for parts in zip(*rows))
+    return tuple(torch.tensor(part, device=device) for part in padded)
 
 
 def draw_rows(questions, tokenizer, rng):
@@ -120,22 +119,23 @@ def draw_skip(n_layers: int, most: float, rng) -> Tensor | None:
 # ---------------------------------------------------------------- training
 
 
-def loss_sum(model: Llama, tokens: Tensor, labels: Tensor, skip: Tensor | None = None) -> Tensor:
-    """The cross-entropy summed over the labelled tokens."""
-    where = labels != IGNORE
+def loss_sum(model: Llama, tokens: Tensor, labels: Tensor, weights: Tensor, skip=None) -> Tensor:
+    """The weighted cross-entropy, summed over the labelled tokens; skip: as in Llama.forward."""
+    where = weights > 0
     logits = model(tokens, skip=skip)[where]  # (labelled tokens, vocab)
-    return F.cross_entropy(logits.float(), labels[where], reduction="sum")
+    loss = F.cross_entropy(logits.float(), labels[where], reduction="none")
+    return (loss * weights[where]).sum()
 
 
 @torch.no_grad()
 def validate(model: Llama, rows, device, size: int, cast) -> float:
-    """The mean loss per labelled token, all layers running."""
-    total = count = 0
+    """The mean weighted loss per labelled token, all layers running."""
+    total = count = 0.0
     for i in range(0, len(rows), size):
-        tokens, labels = batch(rows[i : i + size], device)
+        tokens, labels, weights = batch(rows[i : i + size], device)
         with cast():
-            total += loss_sum(model, tokens, labels).item()
-        count += (labels != IGNORE).sum().item()
+            total += loss_sum(model, tokens, labels, weights).item()
+        count += weights.sum().item()
     return total / count
 
 
@@ -321,7 +321,8 @@ def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
 
 def fitting(questions: list[Question], tokenizer: Tokenizer, limit: int, path) -> list[Question]:
     """The questions whose sequences fit the model's context; says how many do not."""
-    texts = ("".join(text for text, _ in pieces(q, None)) for q in questions)
+    orders = (range(len(q.labels)) for q in questions)
+    texts = ("".join(text for text, _ in pieces(q, i)) for q, i in zip(questions, orders))
     fit = [q for q, text in zip(questions, texts) if len(tokenizer.encode(text)) <= limit]
     if not fit:
         raise InputError(f"{path}: no question fits the model's context of {limit} tokens")
@@ -373,9 +374,8 @@ def main():
     )
 
     def gradients(rows, skip, labelled):
-        tokens, labels = batch(rows, device)
         with cast():
-            loss = loss_sum(model, tokens, labels, skip) / labelled
+            loss = loss_sum(model, *batch(rows, device), skip) / labelled
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     order, epoch = [], -1
@@ -389,7 +389,7 @@ def main():
                 random.Random(f"{args.seed} epoch {epoch}").shuffle(order)
             chosen.append(questions[order[n % len(questions)]])
         rows = draw_rows(chosen, tokenizer, rng)
-        labelled = sum(label != IGNORE for _, labels in rows for label in labels)
+        labelled = sum(sum(weights) for _, _, weights in rows)
         micro = math.ceil(size / args.accumulate)
         depth = args.stochastic_depth * min(1, 5 * (step + 1) / steps)  # rises in the first fifth
         jobs = [

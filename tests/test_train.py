@@ -51,10 +51,10 @@ def test_sequences_hold_the_stage_prompts_and_end_every_segment(start):
     tokenizer = Tokenizer.from_pretrained(start)
     eos = min(tokenizer.eos_ids)
     question = read_questions(start / "some.jsonl", targets=True)[0]
-    ids, labels = train.sequence(question, None, tokenizer)
+    ids, labels, weights = train.sequence(question, None, tokenizer)
 
     def segment(prompt, text):
-        """Whether the sequence has `text` as the labels right after `prompt`."""
+        """Asserts that the sequence has `text` as the labels right after `prompt`."""
         before, after = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
         assert ids[: len(after)] == after
         assert labels[len(before) - 1 : len(after)] == after[len(before) :] + [eos]
@@ -69,12 +69,13 @@ def test_sequences_hold_the_stage_prompts_and_end_every_segment(start):
     count += segment(summarize_prompt(question, question.recall, analyses), summary)
     for text in analyses[1:]:
         count += len(tokenizer.encode(f" {text}", bos=False)) + 1
-    assert sum(label != train.IGNORE for label in labels) == count
+    assert sum(weight > 0 for weight in weights) == count
+    assert [w for w in weights if w > 1] == [train.SUMMARY_WEIGHT] * (len(summary.split()) + 2)
 
-    order = [2, 0, 3, 1]  # shuffled: the same prompt that inference gives option C, no summary
-    ids, labels = train.sequence(question, order, tokenizer)
+    order = [2, 0, 3, 1]  # shuffled: the same prompt that inference gives option C
+    ids, labels, weights = train.sequence(question, order, tokenizer)
     segment(analyze_prompt(question, question.recall, question.labels[2]), f" {analyses[2]}")
-    assert "Summarize" not in tokenizer.decode(ids)
+    assert tokenizer.decode(ids).endswith(f"{analyses[1]}\nSummarize:{summary}")
 
 
 def test_stochastic_depth_rises_with_depth():
