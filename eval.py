@@ -7,17 +7,13 @@ median step time. `python eval.py` alone runs the plan that ships with the demo.
     python eval.py --stage-budgets 2,4,1
 """
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from data.cli import FLAGS, interleave, make_parser, positive, progress, rank, run, write_json
+from data import cli
 from data.questions import Question, locate, read_questions
-from data.report import describe, print_differences, print_runs, print_stages
-from data.setup import configure, load
+from data.report import describe, make_report, print_differences, print_runs, print_stages
+from data.setup import check_fits, configure, load
 from generate import Exit, Pipeline, Stage
 from model import KVCache
 from skip import POLICIES, Setting
@@ -31,93 +27,78 @@ class Run:
     budgets: Sequence[int]
     skips: Sequence
     exit: Exit | None = None
-    caches: list[KVCache] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)
     stages: list[list[Stage]] = field(default_factory=list)  # three for each question
 
 
-def make_run(method: str, setting: Setting, budgets: Sequence[int], exit: Exit | None) -> Run:
-    return Run(method, budgets, [POLICIES[method](setting, b) for b in budgets], exit)
+def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, name="") -> Run:
+    skips = [POLICIES[method](setting, budget) for budget in budgets]
+    return Run(name or method, budgets, skips, exit)
 
 
-def compared(setting: Setting, budgets: Sequence[int], exit: Exit | None, plans: list[dict]):
-    """The runs of --compare: every method over a range of budgets, LiteStage at its plans."""
-    most = 2 * setting.n_layers
-    runs = []
-    for method in POLICIES:
-        if method not in ("full", "litestage"):
-            for budget in range(most // 8, most, most // 8):
-                runs.append(make_run(method, setting, [budget] * 3, None))
+def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run]:
+    """The runs of --compare: every method over a range of budgets, LiteStage at its plans, and its
+    ablations: the plans without the exit, and one budget for all stages."""
+    step = max(setting.n_layers // 4, 1)
+    uniform = [[budget] * 3 for budget in range(step, 2 * setting.n_layers, step)]
+    others = [method for method in POLICIES if method not in ("full", "litestage")]
+    runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
+    runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
     for plan in plans:
         exit = plan["exit"] and Exit(**plan["exit"])
         runs.append(make_run("litestage", setting, plan["budgets"], exit))
+        if exit:
+            runs.append(make_run("litestage", setting, plan["budgets"], None, "litestage-no-exit"))
     return runs
 
 
 def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch: int = 1):
     """Answers the questions, `batch` side by side, with every run in turn, after a warm-up."""
+    batch = min(batch, max(len(questions), 1))
     chunks = [questions[i : i + batch] for i in range(0, len(questions), batch)]
-    for r in runs:
-        r.caches = [KVCache(pipeline.model, 1, 0) for _ in range(batch)]
-    with progress(total=len(questions) * len(runs), desc="questions") as bar:
-        for i, chunk in enumerate([*chunks[:1], *chunks]):
-            for r in runs[i % len(runs) :] + runs[: i % len(runs)]:  # nobody is always first
-                answered = pipeline.answer(chunk, r.skips, r.exit, r.caches[: len(chunk)])
-                if i > 0:
-                    r.answers += [label for label, _ in answered]
-                    r.stages += [stages for _, stages in answered]
-                    bar.update(len(chunk))
+    caches = [[KVCache(pipeline.model, 1, 0) for _ in range(batch)] for _ in runs]
+    with cli.progress(total=len(questions) * len(runs), desc="questions") as bar:
+        for r in runs if chunks else []:
+            pipeline.answer(chunks[0], r.skips, r.exit)
+        for i, chunk in enumerate(chunks):
+            for k in range(i, i + len(runs)):  # nobody is always first
+                r, mine = runs[k % len(runs)], caches[k % len(runs)][: len(chunk)]
+                answered = pipeline.answer(chunk, r.skips, r.exit, mine)
+                r.answers += [label for label, _ in answered]
+                r.stages += [stages for _, stages in answered]
+                bar.update(len(chunk))
 
 
 def main() -> None:
-    parser = make_parser(__doc__, *FLAGS)
-    parser.add_argument("--compare", action="store_true", help="every method over its budgets")
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="questions side by side: latencies are then shares of a batch (default: 1)",
-    )
+    own = ("--split", "--json", "--compare", "--batch")
+    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *cli.METHOD_FLAGS, *own)
     args = parser.parse_args()
     pipeline, folder = load(args)
     model = pipeline.model
-    questions = read_questions(locate(args.data, args.split))[: args.limit]
+    file = locate(args.data, args.split)
+    questions = read_questions(file)[: args.limit]
+    check_fits(pipeline, questions, file)
     setting, budgets, exit, plan = configure(args, pipeline, folder)
-    runs = [make_run("full", setting, [0, 0, 0], None)]
+    runs = [make_run("full", setting, [0, 0, 0])]
     if args.compare:
-        runs += compared(setting, budgets, exit, plan.get("frontier", [plan] if plan else []))
+        runs += compared(setting, exit, plan.get("frontier", [plan] if plan else []))
     else:
         runs.append(make_run(args.method, setting, budgets, exit))
-    number, ranks = rank()
+    number, ranks = cli.rank()
     evaluate(pipeline, questions[number::ranks], runs, args.batch)
     for r in runs:  # rank k answered questions k, k + ranks, ...: back into their order
-        r.answers, r.stages = interleave(r.answers), interleave(r.stages)
+        r.answers, r.stages = cli.interleave(r.answers), cli.interleave(r.stages)
     correct = [question.answer for question in questions]
     entries = [describe(r, runs[0], correct) for r in runs]
+    if args.json and number == 0:
+        cli.write_json(args.json, make_report(args, model, entries, len(questions), args.batch))
     print_runs(entries)
     if not args.compare:
         print_stages(entries)
     print_differences(entries, len(questions))
     if ranks > 1 or args.batch > 1:
         print(f"latencies: {ranks} processes at once, shares of batches of {args.batch}")
-    report = {
-        "model": args.model,
-        "data": args.data,
-        "split": args.split,
-        "n": len(questions),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "seed": args.seed,
-        "command": shlex.join(["python", *sys.argv]),
-        "batch": args.batch,
-        "ranks": ranks,
-        "runs": entries,
-    }
-    if args.json and number == 0:
-        write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

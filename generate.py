@@ -4,7 +4,7 @@ Prefill runs all layers, decoding skips. A question is answered in three stages 
 and Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt
 of each stage holds everything that was generated before.
 
-    python generate.py "Which of these can fly?" robin trout oak shovel --stage-budgets 2,4,1
+    python generate.py "What can fly?" robin trout oak shovel --stage-budgets 2,4,1
 """
 
 import string
@@ -18,17 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.cli import FLAGS, Parser, make_parser, run, write_json  # noqa: F401
-from data.prompts import (  # noqa: F401
-    STAGES,
-    analyze_prompt,
-    base_prompt,
-    find_answer,
-    finish,
-    recall_prompt,
-    stage_prompts,
-    summarize_prompt,
-)
+from data import cli
+from data.prompts import STAGES, find_answer, finish, stage_prompts
 from data.questions import Question
 from data.report import print_stage
 from data.tokenizer import Tokenizer
@@ -127,7 +118,7 @@ def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, list[int], l
     """The next token of each row: a tensor (bsz,), the same as a list, and its confidences."""
     probabilities = logits.softmax(-1, dtype=torch.float32)
     confidences, tokens = probabilities.max(-1)
-    if temperature:
+    if temperature > 0.01:  # less is greedy
         tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
     if tokens.device.type == "cpu":
         return tokens, tokens.tolist(), confidences.tolist()
@@ -146,19 +137,16 @@ class Row:
 
     def take(self, token: int, confidence: float, eos_ids, max_new_tokens: int, context: int):
         """Appends a token and decides whether the row goes on."""
-        if token in eos_ids:
+        expect(confidence == confidence, "the logits are NaN: try --dtype float32")
+        if token not in eos_ids:
+            self.ids.append(token)
+            self.recent.append(confidence)
+        window, threshold = self.exit or (0, 0.0)
+        if token in eos_ids or token in self.last_ids:
             self.stop = "eos"
-            return
-        self.ids.append(token)
-        if token in self.last_ids:
-            self.stop = "eos"
-            return
-        self.recent.append(confidence)
-        if self.exit and len(self.recent) == self.exit.window:
-            if sum(self.recent) <= self.exit.threshold * self.exit.window:
-                self.stop = "confidence"
-                return
-        if len(self.ids) >= max_new_tokens:
+        elif window and len(self.recent) == window and sum(self.recent) <= threshold * window:
+            self.stop = "confidence"
+        elif len(self.ids) >= max_new_tokens:
             self.stop = "length"
         elif self.length + len(self.ids) > context:
             self.stop = "context"
@@ -166,14 +154,7 @@ class Row:
 
 @torch.inference_mode()
 def generate_batch(
-    model: Llama,
-    groups: list[tuple[KVCache, list[list[int]]]],
-    max_new_tokens: int,
-    eos_ids: Collection[int] = (),
-    skip=None,
-    exit: Exit | None = None,
-    temperature: float = 0.0,
-    last_ids: Collection[int] = (),
+    model, groups, max_new_tokens, eos_ids=(), skip=None, exit=None, temperature=0.0, last_ids=()
 ) -> list[Generation]:
     """Continues all prompts of all groups together, in their order; see `prefill`, `generate`.
     last_ids: tokens that end a text too, but belong to it."""
@@ -185,7 +166,7 @@ def generate_batch(
     begin = time.perf_counter()
     prefill_s, step_s, skipped = 0.0, [], 0
     if active:
-        cache, logits = prefill(model, fitting, max_new_tokens)
+        cache, logits = prefill(model, fitting, min(max_new_tokens, context))
         pos = max(row.length for row in active)
         tokens, chosen, confidences = pick(logits, temperature)
         prefill_s = time.perf_counter() - begin
@@ -212,13 +193,7 @@ def generate_batch(
 
 
 def generate(
-    model: Llama,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    eos_id: int | Collection[int] | None = None,
-    skip=None,
-    exit: Exit | None = None,
-    temperature: float = 0.0,
+    model, prompt_ids, max_new_tokens: int, eos_id=None, skip=None, exit=None, temperature=0.0
 ) -> Generation:
     """Continues one prompt: prefill with all layers, decode under `skip`; (ids, stop, timings).
 
@@ -307,10 +282,8 @@ class Pipeline:
         done: list[list[Stage]] = [[] for _ in questions]
         for index, skip in enumerate(skips):
             said = [[stage.texts for stage in stages] for stages in done]
-            for stages, stage in zip(
-                done, self.run_stage(index, questions, said, caches, skip, exit)
-            ):
-                stages.append(stage)
+            new = self.run_stage(index, questions, said, caches, skip, exit)
+            done = [[*stages, stage] for stages, stage in zip(done, new)]
         return [(find_answer(stages[2].texts[0]), stages) for stages in done]
 
 
@@ -320,13 +293,11 @@ class Pipeline:
 def main() -> None:
     from data.setup import configure, load  # they stand on this module
 
-    flags = [flag for flag in FLAGS if flag not in ("--split", "--limit", "--json")]
-    parser = make_parser(__doc__, *flags)
-    parser.add_argument("text", help="the question, or a text to continue if no choices follow")
-    parser.add_argument("choices", nargs="*", help="the options: they get the labels A, B, ...")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)"
-    )
+    flags = (*cli.MODEL_FLAGS, *cli.SEARCH_FLAGS[1:], *cli.METHOD_FLAGS, "--temperature")
+    parser = cli.make_parser(__doc__, *flags)
+    add = parser.add_argument
+    add("text", type=cli.utf8, help="the question, or a text to continue if no choices follow")
+    add("choices", type=cli.utf8, nargs="*", help="the options: they get the labels A, B, ...")
     args = parser.parse_args()
     wanted = "expected none, to continue the text, or 2 to 26"
     expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
@@ -350,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -12,6 +12,7 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
 """
 
 import hashlib
+import itertools
 import json
 import shlex
 import sys
@@ -27,9 +28,9 @@ from data import cli
 from data.prompts import STAGES, find_answer
 from data.questions import Question, locate, read_questions
 from data.report import print_plan, print_scan
-from data.setup import IMPORTANCE_QUESTIONS, checkpoint_digests, importance_of, load
+from data.setup import IMPORTANCE_QUESTIONS, check_fits, checkpoint_digests, importance_of, load
 from generate import Exit, Pipeline, Stage, prefill
-from model import KVCache, Llama, expect
+from model import InputError, KVCache, Llama, expect
 from skip import Importance, Setting, litestage, rank
 
 THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
@@ -63,12 +64,7 @@ def with_budget(point: Point, stage: int, budget: int) -> Point:
 
 
 def greedy(
-    evaluate: Evaluate,
-    order: list[int],
-    budgets: list[int],
-    target: float,
-    thresholds: list[float],
-    show: Callable = lambda *_: None,
+    evaluate: Evaluate, order, budgets, target, thresholds, show: Callable = lambda *_: None
 ) -> Point:
     """LiteStage's stage-wise search (step 2): the chosen point.
 
@@ -90,19 +86,15 @@ def greedy(
     return point
 
 
-def refine(
-    evaluate: Evaluate, point: Point, budgets: list[int], target: float, deadline: float
-) -> Point:
-    """Ours: coordinate descent from the greedy's point. Tries the two next budgets either way of
-    every stage and goes to the fastest that meets the target, until none is faster."""
+def refine(evaluate: Evaluate, point: Point, budgets, target: float, deadline: float) -> Point:
+    """Ours: descent from the greedy's point. Tries all points one budget off in any of the stages,
+    so that one stage may give what another takes, and goes to the fastest that meets the target,
+    until none is faster or time is up."""
     now = evaluate(point, target)
     while time.monotonic() < deadline:
-        near = []
-        for stage, budget in enumerate(point[0]):
-            at = budgets.index(budget)
-            others = budgets[max(at - 2, 0) : at] + budgets[at + 1 : at + 3]
-            near += [with_budget(point, stage, other) for other in others]
-        chosen = best([evaluate(candidate, target) for candidate in near], target)
+        at = [budgets.index(budget) for budget in point[0]]
+        near = itertools.product(*(budgets[max(i - 1, 0) : i + 2] for i in at))
+        chosen = best([evaluate((tried, point[1]), target) for tried in near], target)
         if chosen is None or (meets(now, target) and chosen["latency_s"] >= now["latency_s"]):
             break
         now, point = chosen, (tuple(chosen["budgets"]), chosen["threshold"])
@@ -197,14 +189,9 @@ class Evaluator:
             keys = [(q, index, budget, threshold, str(s)) for q, s in zip(chosen, said)]
             new = [i for i, key in enumerate(keys) if key not in self.made]
             if new:
-                made = self.pipeline.run_stage(
-                    index,
-                    [self.questions[chosen[i]] for i in new],
-                    [said[i] for i in new],
-                    [self.caches[i] for i in new],
-                    litestage(self.setting, budget),
-                    exit,
-                )
+                given = [(self.questions[chosen[i]], said[i], self.caches[i]) for i in new]
+                skip = litestage(self.setting, budget)
+                made = self.pipeline.run_stage(index, *zip(*given), skip, exit)
                 self.made |= {keys[i]: stage for i, stage in zip(new, made)}
                 self.generated += len(new)
             for stages, key in zip(done, keys):
@@ -228,15 +215,11 @@ class Evaluator:
             if at_best / n < target - 1e-9:
                 break
         # a stage's latency: its new prompt tokens and its steps, at the seconds measured up front
-        prefill_s = [
-            token_s * mean(new_tokens(stages, index) for stages in done)
-            for index, token_s in enumerate(self.measured["token_s"])
+        stage_s = [
+            self.measured["token_s"][i] * mean(new_tokens(stages, i) for stages in done)
+            + self.measured["step_s"][i][budget] * mean(stages[i].steps for stages in done)
+            for i, budget in enumerate(point[0])
         ]
-        decode_s = [
-            self.measured["step_s"][index][budget] * mean(stages[index].steps for stages in done)
-            for index, budget in enumerate(point[0])
-        ]
-        stage_s = [sum(each) for each in zip(prefill_s, decode_s)]
         stops = [stop for stages in done for stage in stages for stop in stage.stops]
         trial = {
             "budgets": list(point[0]),
@@ -284,16 +267,8 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
 
 
 def main() -> None:
-    own = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
-    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own)
-    add = parser.add_argument
-    add("--out", default="plan.json", metavar="FILE", help="the plan (default: %(default)s)")
-    losses = "accuracy that may be lost, e.g. 0.01,0.04 for two plans (default: 0.01)"
-    add("--epsilon", type=cli.fractions, default=[0.01], metavar="E,...", help=losses)
-    add("--max-budget", type=cli.positive, metavar="N", help="the largest (default: all but two)")
-    add("--step", type=cli.positive, default=1, metavar="N", help="between budgets (default: 1)")
-    neighbours = "then try neighbours of the chosen budgets for so long"
-    add("--refine", type=float, default=0, metavar="MINUTES", help=neighbours)
+    own = ("--out", "--epsilon", "--max-budget", "--step", "--refine")
+    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *own)
     args = parser.parse_args()
     began = time.monotonic()
     args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
@@ -304,6 +279,7 @@ def main() -> None:
     expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
     file = locate(args.data, "valid")
     questions = read_questions(file)[: args.limit]
+    check_fits(pipeline, questions, file)
 
     key = {
         "model": {"name": args.model, **checkpoint_digests(folder)},
@@ -318,7 +294,10 @@ def main() -> None:
         few = questions[:IMPORTANCE_QUESTIONS]
         journal.append("key", key)
         journal.append("measured", measure(pipeline, few, args.granularity))
-    evaluator = Evaluator(pipeline, questions, journal, args)
+    try:
+        evaluator = Evaluator(pipeline, questions, journal, args)
+    except (KeyError, TypeError) as e:
+        raise InputError(f"{journal.path}: not a journal of search.py ({e!r}); delete it") from None
     full = evaluator(FULL, 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
     print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
@@ -350,7 +329,7 @@ def main() -> None:
     keys = ("epsilon", "budgets", "exit", "chosen")
     plans[0]["frontier"] = [{key: plan[key] for key in keys} for plan in plans]
     for i, plan in enumerate(plans):
-        out = Path(args.out)
+        out = args.out
         out = out.with_name(f"{out.stem}-{plan['epsilon']:g}{out.suffix}") if i else out
         print_plan(out, plan)
         if cli.rank()[0] == 0:

@@ -68,10 +68,6 @@ class Importance:
     similarity: Tensor
     ratio: Tensor
 
-    @property
-    def n_layers(self) -> int:
-        return len(self.similarity)
-
 
 @torch.inference_mode()
 def measure_importance(model: Llama, prompts: Iterable[list[list[int]]]) -> Importance:
@@ -91,12 +87,10 @@ def measure_importance(model: Llama, prompts: Iterable[list[list[int]]]) -> Impo
 def rank(similarity: Tensor, granularity: str = "sublayer") -> list[SubLayer]:
     """All sub-layers, the most similar (first to be skipped) first; ties in the model's order.
 
-    granularity "layer" ranks whole layers by their mean similarity and keeps their two sub-layers
-    together.
+    granularity "layer" ranks whole layers, by their mean, and keeps their two sub-layers together.
     """
     if granularity == "layer":
-        by_layer = similarity.mean(1, keepdim=True).expand_as(similarity)
-        return rank(by_layer)
+        similarity = similarity.mean(1, keepdim=True).expand_as(similarity)
     order = similarity.flatten().argsort(descending=True, stable=True)
     return [divmod(i, 2) for i in order.tolist()]
 
@@ -116,7 +110,7 @@ class Setting:
 
     @property
     def n_layers(self) -> int:
-        return self.importance.n_layers
+        return len(self.importance.similarity)
 
 
 def full(setting: Setting, budget: int) -> Tensor:
@@ -215,7 +209,7 @@ POLICIES: dict[str, Callable] = {
 
 
 def main() -> None:
-    from data import cli, report, setup  # the command stands on the modules above this one
+    from data import cli, report, setup  # the command stands on the modules above
 
     args = cli.make_parser(__doc__, *cli.MODEL_FLAGS, "--limit", "--granularity").parse_args()
     pipeline, _ = setup.load(args)

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from skip import POLICIES
 def positive(text: str) -> int:
     """A whole number above zero, for argparse."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    if not 1 <= value < 1 << 31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 2^31, found {text}")
     return value
 
 
@@ -30,12 +31,32 @@ def natural(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def number(text: str, most: float = 1e6) -> float:
+    """A number from 0 to `most`, for argparse."""
+    value = float(text)
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {most:g}, found {text}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")
-    return value
+    return number(text, 1)
+
+
+def utf8(text: str) -> str:
+    """A text that can be encoded, for argparse."""
+    if text != text.encode(errors="replace").decode():
+        raise argparse.ArgumentTypeError("expected UTF-8")
+    return text
+
+
+def output(text: str) -> Path:
+    """A file that can be written when the work is done, for argparse."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, found {text!r}")
+    return path
 
 
 def fractions(text: str) -> list[float]:
@@ -61,7 +82,7 @@ FLAGS = {
     "--data": ("demo", str, "DATA", "questions file, folder, or name of a data set"),
     "--split": ("test", ("train", "valid", "test"), None, "which questions of a data set"),
     "--limit": (None, positive, "N", "only the first N questions"),
-    "--seed": (0, int, "N", "of everything random"),
+    "--seed": (0, natural, "N", "of everything random"),
     "--device": ("cpu", str, "DEV", "cpu, cuda, cuda:1, ..."),
     "--dtype": (None, tuple(DTYPES), None, "to compute in (default: as stored)"),
     "--plan": (None, Path, "FILE", "budgets and exit that search.py found"),
@@ -72,27 +93,46 @@ FLAGS = {
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
     "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
-    "--compile": (False, bool, None, "on a GPU replay each stage's step as a CUDA graph"),
-    "--json": (None, Path, "FILE", "write the report there"),
+    "--json": (None, output, "FILE", "write the report there"),
+    "--compare": (False, bool, None, "every method over a range of budgets, and the plan's"),
+    "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
+    "--temperature": (0.0, number, "T", "0 is greedy"),
+    "--out": (Path("plan.json"), output, "FILE", "the plan"),
+    "--epsilon": ([0.01], fractions, "E,...", "accuracy that may be lost; several: a plan each"),
+    "--max-budget": (None, positive, "N", "the largest budget (default: all sub-layers but two)"),
+    "--step": (1, positive, "N", "between the budgets that are tried"),
+    "--refine": (0.0, number, "MIN", "minutes for trying neighbours of the chosen budgets"),
 }
-
-
 MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--max-new-tokens", "--shots")
+METHOD_FLAGS = ("--plan", "--stage-budgets", "--method")
+SEARCH_FLAGS = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
 
 
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, too."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        fail(message)
+
+
+def fail(message: str, status: int = 2) -> None:
+    """Ends the command with one printable line on stderr; under torchrun rank 0 speaks for all."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    if rank()[0] == 0:
+        print(f"error: {line[:1000]}", file=sys.stderr)
+    sys.exit(status)
 
 
 def make_parser(doc: str, *flags: str) -> Parser:
     """A parser with the named flags of FLAGS, which mean the same in every command."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first, *_, command = doc.strip().split("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        description=textwrap.fill(first, 78), epilog=textwrap.dedent(command), formatter_class=raw
+    )
     for flag in flags:
         default, kind, metavar, text = FLAGS[flag]
-        text += " (default: %(default)s)" if default not in (None, False) else ""
+        text += " (default: %(default)s)" if default is not None and default is not False else ""
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif isinstance(kind, tuple):
@@ -105,19 +145,21 @@ def make_parser(doc: str, *flags: str) -> Parser:
 def run(main: Callable[[], None]) -> None:
     """Runs a command: a user's mistake or Ctrl-C is one line on stderr, a closed pipe none."""
     try:
-        if rank()[0] > 0:  # under torchrun the first process speaks for all
+        if rank()[0] > 0 or sys.stdout is None:
             sys.stdout = open(os.devnull, "w")
         main()
         sys.stdout.flush()
     except InputError as e:
-        if rank()[0] == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        fail(f"out of memory ({str(e).strip()[:200]})")
 
 
 def rank() -> tuple[int, int]:
@@ -173,6 +215,8 @@ class Journal:
             raw = path.read_bytes() if path.exists() else b""
             whole = raw[: raw.rfind(b"\n") + 1]
             self.lines = [json.loads(line) for line in whole.splitlines()]
+            if not all(isinstance(line, dict) for line in self.lines):
+                raise ValueError("a line is no object")
             self.file = open(path, "r+b" if path.exists() else "w+b")
             self.file.truncate(len(whole))
             self.file.seek(0, os.SEEK_END)

@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.cli import make_parser, run
+from data.prompts import finish
 from data.questions import (
     FOLDER,
     Question,
@@ -44,7 +46,6 @@ from data.questions import (
     parse_questions,
     show,
 )
-from generate import finish, make_parser, run
 from model import InputError
 
 SALT = "LiteStage 0"  # of the hash that draws the splits

@@ -6,9 +6,15 @@ Entries are those of the JSON report's "runs" and of a plan's "trials".
 """
 
 import math
+import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from statistics import mean
+
+import torch
+
+from data.cli import rank
 
 Z = 1.959964  # of a 95% interval
 
@@ -67,10 +73,28 @@ def describe(r, full, correct: Sequence[str]) -> dict:
         "no_answer": r.answers.count(None),
         "too_long": sum(any("context" in s.stops for s in stages) for stages in r.stages),
         "latency_s": latency,
-        "speedup": full_latency / latency,
+        "speedup": full_latency / latency if latency else 1.0,
         "accuracy_delta": mean(right) - mean(base),
         "accuracy_delta_ci95": paired(base, right),
         "stages": [describe_stage([stages[i] for stages in r.stages]) for i in range(3)],
+    }
+
+
+def make_report(args, model, entries: list[dict], n: int, batch: int) -> dict:
+    """The report that --json writes; `ranks` processes shared the questions."""
+    return {
+        "model": args.model,
+        "data": args.data,
+        "split": args.split,
+        "n": n,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seed": args.seed,
+        "command": shlex.join(["python", *sys.argv]),
+        "batch": batch,
+        "ranks": rank()[1],
+        "runs": entries,
     }
 
 
@@ -82,8 +106,8 @@ def name_of(run: dict) -> str:
 def print_runs(runs: list[dict]) -> None:
     """A line for every run: accuracy with its interval, cost, speed-up, sub-layers skipped."""
     print(
-        f"{'method and budgets':<23}{'accuracy [95%]':>20}{'tokens':>8}{'ms':>8}{'speed-up':>9}"
-        f"{'skipped':>12}"
+        f"{'method and budgets':<26}{'accuracy [95%]':>20}{'tokens':>7}{'ms':>7}{'speed':>7}"
+        f"{'skipped':>13}"
     )
     for r in runs:
         low, high = r["accuracy_ci95"]
@@ -91,8 +115,8 @@ def print_runs(runs: list[dict]) -> None:
         tokens = sum(stage["tokens"] for stage in r["stages"])
         skipped = ",".join(f"{stage['skipped_sublayers']:.3g}" for stage in r["stages"])
         print(
-            f"{name_of(r):<23}{accuracy:>20}{tokens:>8.1f}{1e3 * r['latency_s']:>8.1f}"
-            f"{r['speedup']:>8.2f}x{skipped:>12}"
+            f"{name_of(r):<26}{accuracy:>20}{tokens:>7.1f}{1e3 * r['latency_s']:>7.1f}"
+            f"{r['speedup']:>6.2f}x{skipped:>13}"
         )
 
 

@@ -84,13 +84,16 @@ def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
             found = plan["model"][key]
             which = f"its {key} digest is {found!s:.12}, that of {folder} is {digest:.12}"
             expect(found == digest, f"{path}: a plan of another model: {which}")
-        importance = Importance(**{k: torch.tensor(v) for k, v in plan["importance"].items()})
-        for table in (importance.similarity, importance.ratio):
-            expect(table.shape == (n_layers, 2), f"{path}: 'importance' must be {n_layers} x 2")
+        tables = {k: torch.tensor(v, dtype=torch.float64) for k, v in plan["importance"].items()}
+        for table in tables.values():
+            fits = table.shape == (n_layers, 2) and table.isfinite().all()
+            expect(fits, f"{path}: 'importance' must be {n_layers} x 2 numbers")
+        importance = Importance(**tables)
         for point in [plan, *plan.get("frontier", [])]:
             check_budgets(f"{path}: 'budgets'", point["budgets"], n_layers)
             exit = Exit(**(point["exit"] or {}))
-            fits = exit.window > 0 and 0 <= exit.threshold <= 1
+            fits = type(exit.window) is int and 0 < exit.window < 1 << 31
+            fits = fits and 0 <= exit.threshold <= 1
             expect(fits, f"{path}: 'exit' must hold a window and a threshold, found {exit}")
         grained = plan["granularity"] in ("sublayer", "layer")
         expect(grained, f"{path}: 'granularity' must be sublayer or layer")
@@ -105,7 +108,7 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's configuration, weights and tokenizer: what a result belongs to."""
     folder = Path(folder)
     files = {
-        "config": [folder / "config.json"],
+        "config": [folder / "config.json", folder / "generation_config.json"],
         "weights": sorted(weight_files(folder)),
         "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
     }
@@ -160,6 +163,13 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
         importance, _ = importance_of(pipeline, questions)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
     return setting, budgets, exit if exit.threshold > 0 else None, plan
+
+
+def check_fits(pipeline: Pipeline, questions: list[Question], file: Path) -> None:
+    """Raises InputError unless a question's first prompt fits the model's context."""
+    context = pipeline.model.args.max_seq_len
+    fits = any(len(pipeline.prompt_ids(0, q, [])[0]) <= context for q in questions)
+    expect(fits, f"{file}: every prompt is longer than the model's context of {context} tokens")
 
 
 def read_shots(args: argparse.Namespace) -> str:

@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back, as the checkpoint's folder has them.
 
-python -c "from data.tokenizer import *; print(Tokenizer.from_pretrained('data/demo/model').encode('a robin'))"
+python -c "from data.tokenizer import *; print(Tokenizer.from_pretrained('DIR').encode('hi'))"
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ class Tokenizer:
                 fast = tokenizers.Tokenizer.from_file(str(file))
                 fast.no_padding()
                 fast.no_truncation()
-                size, eos, decode = fast.get_vocab_size(), None, fast.decode
+                ids = [*fast.get_vocab().values(), *fast.encode("a").ids]
+                size, eos, decode = 1 + max(ids), None, fast.decode
             else:
                 slow = sentencepiece.SentencePieceProcessor(model_file=str(file))
                 size, eos, decode = slow.vocab_size(), slow.eos_id(), slow.decode

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from data import prepare
+from data.cli import run
 from data.questions import FOLDER, Question, format_question, read_questions
-from generate import run
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "benchmarks"

@@ -1,0 +1,100 @@
+"""Evaluation: intervals against known values, the report's fields, runs that take turns."""
+
+import json
+
+import pytest
+from damage import question, write_questions
+
+import eval as evaluation
+from data.report import paired, wilson
+
+
+@pytest.fixture
+def reported(tmp_path, folder, monkeypatch, capsys):
+    """Runs the command on a tiny checkpoint; returns a function of extra flags."""
+    write_questions(tmp_path / "test.jsonl", [question(i) for i in range(8)])
+
+    def run(*flags):
+        base = ["--model", str(folder), "--data", str(tmp_path / "test.jsonl")]
+        out = tmp_path / "report.json"
+        limits = ["--limit", "5", "--max-new-tokens", "4", "--json", str(out)]
+        monkeypatch.setattr("sys.argv", ["eval.py", *base, *limits, *flags])
+        evaluation.main()
+        return json.loads(out.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_wilson_is_the_published_interval():
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+    for right, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson(right, n) == pytest.approx([low, high], abs=6e-5)
+
+
+def test_the_paired_interval_is_agresti_and_mins():
+    # 100 pairs, 8 gained, 3 lost: (8.5 - 3.5) / 102 and its standard error, by hand
+    base = [False] * 8 + [True] * 3 + [True] * 89
+    other = [True] * 8 + [False] * 3 + [True] * 89
+    low, high = paired(base, other)
+    assert (low + high) / 2 == pytest.approx(5 / 102)
+    assert (high - low) / 2 == pytest.approx(1.959964 * (12 - 25 / 102) ** 0.5 / 102)
+
+
+def test_the_paired_interval_does_not_vanish_when_nothing_differs():
+    low, high = paired([True] * 50, [True] * 50)
+    assert low < 0 < high
+
+
+def test_the_report_has_what_the_format_says(reported):
+    report, printed = reported("--stage-budgets", "2,4,1")
+    named = {"model", "data", "n", "device", "dtype", "threads", "seed", "command", "runs"}
+    assert named <= set(report)
+    full, lite = report["runs"]
+    fields = {"method", "budgets", "exit", "accuracy", "accuracy_ci95", "no_answer", "latency_s"}
+    fields |= {"speedup", "accuracy_delta", "accuracy_delta_ci95", "stages"}
+    per_stage = {"name", "tokens", "prefill_s", "decode_s", "ms_per_token", "skipped_sublayers"}
+    for r in report["runs"]:
+        assert fields <= set(r)
+        assert [stage["name"] for stage in r["stages"]] == ["recall", "analyze", "summarize"]
+        assert all(per_stage | {"exit_rate"} <= set(stage) for stage in r["stages"])
+        seconds = sum(stage["prefill_s"] + stage["decode_s"] for stage in r["stages"])
+        assert seconds == pytest.approx(r["latency_s"])
+    assert full["method"] == "full" and full["speedup"] == 1 and full["exit"] is None
+    assert [stage["skipped_sublayers"] for stage in full["stages"]] == [0, 0, 0]
+    assert lite["budgets"] == [2, 4, 1]
+    assert lite["speedup"] == pytest.approx(full["latency_s"] / lite["latency_s"])
+    assert lite["accuracy_delta"] == pytest.approx(lite["accuracy"] - full["accuracy"])
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
+def test_no_skips_and_no_exit_is_the_full_model(reported):
+    report, _ = reported("--stage-budgets", "0,0,0", "--exit-threshold", "0")
+    full, lite = report["runs"]
+    for name in ("accuracy", "no_answer", "exit"):
+        assert full[name] == lite[name]
+    tokens = [[stage["tokens"] for stage in r["stages"]] for r in (full, lite)]
+    assert tokens[0] == tokens[1]
+
+
+def test_questions_side_by_side_get_the_answers_they_get_alone(reported):
+    alone, _ = reported("--stage-budgets", "1,2,1", "--exit-threshold", "0")
+    together, printed = reported(
+        "--stage-budgets", "1,2,1", "--exit-threshold", "0", "--batch", "3"
+    )
+    for a, b in zip(alone["runs"], together["runs"]):
+        assert a["accuracy"] == b["accuracy"] and a["no_answer"] == b["no_answer"]
+        assert [s["tokens"] for s in a["stages"]] == [s["tokens"] for s in b["stages"]]
+    assert "batches of 3" in printed  # whose latencies are shares
+
+
+def test_compare_runs_every_method(reported):
+    report, printed = reported("--compare", "--limit", "2")
+    methods = {r["method"] for r in report["runs"]}
+    assert {"full", "unified", "skipdecode", "early-exit", "adaskip", "random"} <= methods
+    assert report["runs"][0]["method"] == "full"
+    assert all(len(line) <= 80 for line in printed.splitlines())
