@@ -504,6 +504,9 @@ for _colour, _things in COLOURS.items():
     PROPERTIES[f"is {_colour}"] = (_things, _others)
 
 PLURALS = {
+    "potato": "potatoes",
+    "scarf": "scarves",
+    "goldfish": "goldfish",
     "fish": "fish",
     "wolf": "wolves",
     "mouse": "mice",
