@@ -43,6 +43,7 @@ from model import InputError, Llama, ModelArgs, read_json
 SUMMARY_WEIGHT = 8.0  # of a token of the summary in the loss, where others weigh 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 VALID_QUESTIONS = 128  # of --valid that the loss is measured on
+UNCHANGING = ("out", "save_every", "device", "workers", "stop")  # flags that change no weight
 RESUME = "resume.safetensors"  # weights, optimizer and step of a run that is not finished
 
 # ---------------------------------------------------------------- sequences
@@ -249,6 +250,7 @@ def parse_args():
     add("--valid", help="such a file, for the validation loss")
     add("--out", required=True, help="checkpoint folder to write; a killed run resumes there")
     add("--steps", type=int, help="optimizer steps (default: what --epochs makes)")
+    add("--stop", type=int, help="end after this step, before the schedule does (default: never)")
     add("--epochs", type=float, default=1.0, help="passes over --data (default: 1)")
     add("--batch-size", type=int, default=32, help="questions per step (default: 32)")
     add("--accumulate", type=int, default=2, help="micro-batches per step (default: 2)")
@@ -283,6 +285,7 @@ def parse_args():
         "clip",
         "save_every",
         "steps",
+        "stop",
     ):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -360,11 +363,10 @@ def main():
 
     copy_folder(source, out, dtype)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    ours = {
-        k: v for k, v in vars(args).items() if k not in ("out", "save_every", "device", "workers")
-    }
+    ours = {k: v for k, v in vars(args).items() if k not in UNCHANGING}
     settings = json.dumps(ours | {"questions": len(questions), "steps": steps})
     first = load_state(model, optimizer, out, settings)
+    last = min(steps, args.stop or steps)
 
     parameters = list(model.parameters())
     pool = (
@@ -379,7 +381,7 @@ def main():
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     order, epoch = [], -1
-    bar = tqdm(range(first, steps), initial=first, total=steps, file=sys.stderr, unit="step")
+    bar = tqdm(range(first, last), initial=first, total=last, file=sys.stderr, unit="step")
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")
         chosen = []
@@ -409,7 +411,7 @@ def main():
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
         optimizer.step()
         bar.set_postfix(loss=f"{total:.3f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == last:
             text = f"step {step + 1}: training loss {total:.4f}"
             if valid:
                 text += f", validation loss {validate(model, valid, device, size, cast):.4f}"
