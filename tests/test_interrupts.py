@@ -1,0 +1,421 @@
+"""Ctrl-C, kill -9, a full disk, little memory, a closed pipe: complete files only, nothing lost.
+
+python -m pytest -q tests/test_interrupts.py
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from damage import (
+    REPORT,
+    command,
+    edit_json,
+    edit_tensors,
+    eval_flags,
+    finish,
+    make_good,
+    make_model,
+    one_line,
+    question,
+    read_untimed,
+    search_flags,
+    snapshot,
+    start,
+    texts_of,
+    untimed,
+    write_questions,
+)
+
+MANY = 24  # questions, so that a search has more than one batch of them
+# a few tokens and an exit that sometimes happens, so that texts of a batch end at different steps
+VARIED = ("--max-new-tokens", "6", "--exit-window", "2", "--exit-threshold", "0.25")
+
+# Code for a process of its own: a signal to itself in the middle of its n-th forward.
+AT_FORWARD = """
+import itertools, os, signal, model
+forward, calls = model.Llama.forward, itertools.count(1)
+def counted(*args, **more):
+    if next(calls) == {n}:
+        os.kill(os.getpid(), signal.{signal})
+    return forward(*args, **more)
+model.Llama.forward = counted
+"""
+QUICK = "import search; search.ROUNDS = 2\n"  # how fast a step is does not matter here
+
+
+def at_forward(n: int, signal: str) -> str:
+    return QUICK + AT_FORWARD.format(n=n, signal=signal)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = make_good(tmp_path_factory.mktemp("good") / "files")
+    write_questions(folder / "questions.jsonl", [question(i) for i in range(MANY)])
+    for journal in journals(folder):
+        journal.unlink()
+    return folder
+
+
+@pytest.fixture
+def files(good, tmp_path) -> Path:
+    """Good files, a report and a plan from before, and no journal."""
+    return Path(shutil.copytree(good, tmp_path / "files"))
+
+
+def search_here(folder: Path, *more: str):
+    with mock.patch("search.ROUNDS", 2):
+        return command("search", *search_flags(folder, *more))
+
+
+def journals(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.journal"))
+
+
+def searched(folder: Path, *more: str) -> list[Path]:
+    """The journals of a search that found none."""
+    assert search_here(folder, *more).status == 0
+    return journals(folder)
+
+
+def trials(journal: Path) -> list[dict]:
+    """Every trial of a journal, all lines of which must be whole."""
+    assert journal.read_bytes().endswith(b"\n")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    kinds = [next(iter(line)) for line in lines]
+    assert kinds.count("measured") == 1 and set(kinds[: kinds.index("measured")]) == {"key"}
+    return [line["trial"] for line in lines[kinds.index("measured") + 1 :]]
+
+
+def assert_none_repeated(journal: Path) -> None:
+    """A point may be tried again only where its first trial was abandoned half-way."""
+    seen = {}
+    for trial in trials(journal):
+        point = (*trial["budgets"], trial["threshold"])
+        assert point not in seen or seen[point]["abandoned"], f"{point} was tried twice"
+        seen[point] = trial
+
+
+def undisturbed_plan(folder: Path, journal: Path, *more: str) -> dict:
+    """The plan of a search that is never interrupted, from the same measured times."""
+    other = folder.parent / "undisturbed"
+    other.mkdir()
+    measured = journal.read_bytes().partition(b'{"trial"')[0]
+    (other / journal.name).write_bytes(measured)
+    with mock.patch("search.ROUNDS", 2):
+        done = command("search", *search_flags(folder, *more, "--out", f"{other}/plan.json"))
+    assert done.status == 0, done
+    return plan_of(other)
+
+
+def plan_of(folder: Path) -> dict:
+    return json.loads((folder / "plan.json").read_text()) | {"command": None}
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("name, n", [("eval", 40), ("search", 900), ("generate", 9)])
+def test_ctrl_c_says_one_line_and_leaves_the_files_as_they_were(name, n, files):
+    flags = {
+        "eval": eval_flags(files, "--stage-budgets", "1,1,1"),
+        "search": search_flags(files),
+        "generate": [*eval_flags(files)[:4], "Which?", "this", "that"],
+    }
+    before = snapshot(files)
+    done = finish(start(name, *flags[name], before=at_forward(n, "SIGINT")))
+    assert (done.status, done.err) == (130, "interrupted\n")
+    after = snapshot(files)
+    for journal in journals(files):
+        assert name == "search" and trials(journal)
+        del after[journal.name]
+    assert after == before
+
+
+def test_ctrl_c_while_a_report_takes_its_name_leaves_the_old_one(files):
+    slow = """
+import os, signal
+replace = os.replace
+os.replace = lambda *args: (os.kill(os.getpid(), signal.SIGINT), replace(*args))
+"""
+    before = snapshot(files)
+    flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "1")
+    done = finish(start("eval", *flags, before=slow))
+    assert (done.status, done.err) == (130, "interrupted\n")
+    assert snapshot(files) == before
+
+
+# ---------------------------------------------------------------- killed searches
+
+
+def test_a_search_killed_again_and_again_ends_with_the_undisturbed_plan(files):
+    (files / "plan.json").unlink()
+    rng, kept = random.Random(7), b""
+    for n in [20, rng.randrange(600, 800), *(rng.randrange(60, 250) for _ in range(3))]:
+        done = finish(start("search", *search_flags(files), before=at_forward(n, "SIGKILL")))
+        assert done.status == -9 and done.err == "", done
+        raw = journals(files)[0].read_bytes()
+        assert raw.startswith(kept), "what was finished before stays"
+        kept = raw
+    assert len(trials(journals(files)[0])) > 3, "the killed searches got somewhere"
+    assert not (files / "plan.json").exists()
+    assert search_here(files).status == 0
+    (journal,) = journals(files)
+    assert journal.read_bytes().startswith(kept)
+    assert_none_repeated(journal)
+    assert plan_of(files) == undisturbed_plan(files, journal)
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped_wherever_it_is_torn(files):
+    (journal,) = searched(files, "--step", "2")
+    raw, plan = journal.read_bytes(), plan_of(files)
+    first = raw.index(b'{"trial"')
+    for cut in [first, len(raw) - 1, *random.Random(1).choices(range(first, len(raw)), k=4)]:
+        journal.write_bytes(raw[:cut])
+        (files / "plan.json").unlink()
+        assert search_here(files, "--step", "2").status == 0
+        assert journal.read_bytes() == raw, "the same trials again, from the torn line on"
+        assert plan_of(files) == plan
+
+
+CHANGES = {
+    "weights": lambda f: edit_tensors(
+        f / "model" / "model.safetensors", lambda t: t["lm_head.weight"].mul_(2)
+    ),
+    "config": lambda f: edit_json(f / "model" / "config.json", rope_theta=500.0),
+    "tokenizer": lambda f: (f / "model" / "tokenizer.json").write_bytes(
+        (f / "model" / "tokenizer.json").read_bytes() + b"\n"
+    ),
+    "end token": lambda f: edit_json(f / "model" / "generation_config.json", eos_token_id=9),
+    "questions": lambda f: write_questions(
+        f / "questions.jsonl", [question(i + 1) for i in range(MANY)]
+    ),
+    "one question fewer": ("--limit", str(MANY - 1)),
+    "longer texts": ("--max-new-tokens", "4"),
+    "another window": ("--exit-window", "3"),
+    "whole layers": ("--granularity", "layer"),
+    "another dtype": ("--dtype", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_search_of_something_else_takes_no_trial_from_the_journal(change, files):
+    searched(files, "--step", "4")
+    before = snapshot(files)
+    flags = change if isinstance(change, tuple) else ()
+    if not flags:
+        change(files)
+    assert search_here(files, "--step", "4", *flags).status == 0
+    new = [path for path in journals(files) if path.name not in before]
+    assert len(new) == 1 and len(trials(new[0])) > 3
+    (old,) = [path for path in journals(files) if path.name in before]
+    assert old.read_bytes() == before[old.name]
+
+
+def test_another_target_takes_the_trials_from_the_journal(files):
+    (journal,) = searched(files, "--step", "2", "--epsilon", "0.5")
+    raw = journal.read_bytes()
+    assert search_here(files, "--step", "2", "--epsilon", "0.1,0.5").status == 0
+    assert journals(files) == [journal] and journal.read_bytes().startswith(raw)
+    assert_none_repeated(journal)
+
+
+# ---------------------------------------------------------------- files that cannot be written
+
+
+@contextmanager
+def full_disk(n: int):
+    """No file can be made longer than n bytes: the write that would do so fails half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def read_only():
+    """No file can be opened for writing, or take another's name."""
+    real, refused = open, OSError(errno.EROFS, "Read-only file system")
+
+    def opens(file, mode="r", *args, **more):
+        if set(mode) & set("wax+"):
+            raise refused
+        return real(file, mode, *args, **more)
+
+    with mock.patch("builtins.open", opens), mock.patch("io.open", opens):
+        with mock.patch("os.replace", side_effect=refused):
+            yield
+
+
+@pytest.mark.parametrize("trouble", [lambda: full_disk(700), read_only], ids=["full", "read-only"])
+def test_a_report_that_cannot_be_written_leaves_the_old_one(trouble, files):
+    before = snapshot(files)
+    with trouble():
+        done = command("eval", *eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2"))
+    line = one_line(done._replace(out=""))
+    assert f"{files}/report.json: cannot be written" in line
+    assert snapshot(files) == before and before["report.json"].decode() == REPORT
+
+
+def test_a_plan_that_cannot_be_written_costs_no_trial(files):
+    old = (files / "plan.json").read_bytes()
+    failed = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("os.replace", side_effect=failed):
+        line = one_line(search_here(files, "--step", "3")._replace(out=""))
+    assert f"{files}/plan.json: cannot be written (No space left on device)" in line
+    assert (files / "plan.json").read_bytes() == old
+    (journal,) = journals(files)
+    raw = journal.read_bytes()
+    assert search_here(files, "--step", "3").status == 0
+    assert journal.read_bytes() == raw, "the second search only writes the plan"
+    assert not list(files.glob("*.tmp"))
+
+
+def test_a_journal_on_a_full_disk_stops_the_search_and_is_resumed(files):
+    (journal,) = searched(files, "--step", "3")
+    lines, old = journal.read_bytes().splitlines(keepends=True), (files / "plan.json").read_bytes()
+    whole = b"".join(lines[:4])  # key, measured, two trials
+    journal.write_bytes(whole)
+    with full_disk(len(whole) + 50):
+        line = one_line(search_here(files, "--step", "3")._replace(out=""))
+    assert f"{journal}: cannot be written" in line
+    assert journal.read_bytes() == whole + lines[4][:50], "the next line is torn"
+    assert (files / "plan.json").read_bytes() == old
+    assert search_here(files, "--step", "3").status == 0
+    assert journal.read_bytes() == b"".join(lines)
+    assert (files / "plan.json").read_bytes() == old
+
+
+def test_a_journal_that_cannot_be_opened_is_refused_before_any_work(files):
+    before = snapshot(files)
+    with read_only(), mock.patch("model.Llama.forward", side_effect=AssertionError("work")):
+        line = one_line(search_here(files))
+    assert "journal cannot be opened (Read-only file system)" in line
+    assert snapshot(files) == before
+
+
+# ---------------------------------------------------------------- nobody reads, no memory
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback_and_the_report_is_written(files):
+    read, write = os.pipe()
+    os.close(read)
+    flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
+    process = start("eval", *flags, stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=120)[1] == ""
+    assert json.loads((files / "report.json").read_text())["n"] == 2
+
+
+def test_head_gets_its_line(files):
+    flags = " ".join(eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2"))
+    shell = f"set -o pipefail; {{ python -u eval.py {flags} | head -1; }} 2>&1"
+    root = Path(__file__).parent.parent
+    path = f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path}
+    done = subprocess.run(["bash", "-c", shell], cwd=root, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith("method and budgets") and done.stdout.count("\n") == 1
+
+
+def test_a_closed_stdout_does_not_keep_the_report_from_being_written(files):
+    flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
+    done = finish(start("eval", *flags, stdout=None, preexec_fn=lambda: os.close(1)))
+    assert (done.status, done.err) == (0, "")
+    assert json.loads((files / "report.json").read_text())["n"] == 2
+
+
+@contextmanager
+def little_memory(megabytes: int):
+    """No more address space than that beyond what the process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + (megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> list[str]:
+    """Flags of an evaluation with 85 MB of weights."""
+    folder = tmp_path_factory.mktemp("large")
+    make_model(folder / "model", hidden_size=512, intermediate_size=4096)
+    write_questions(folder / "questions.jsonl", [question(0)])
+    return [*eval_flags(folder)[:4], "--max-new-tokens", "2", "--stage-budgets", "1,1,1"]
+
+
+@pytest.mark.parametrize("megabytes", [0, 40, 100, 140, 200])
+def test_too_little_memory_is_one_line(megabytes, large):
+    with little_memory(megabytes):
+        done = command("eval", *large)
+    if megabytes < 85 or done.status:
+        one_line(done)
+
+
+def test_a_process_with_too_little_memory_says_so_in_one_line(large):
+    limit = """
+import resource
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (60 << 20),) * 2)
+"""
+    assert "memory" in one_line(finish(start("eval", *large, before=limit)))
+
+
+# ---------------------------------------------------------------- debug mode, determinism
+
+
+def test_debug_mode_finds_no_hole_that_is_read(files):
+    debug = {"env": {"LITESTAGE_DEBUG": "1"}}
+    choices = ["Which?", "this", "that", "a third"]
+    flags = [*eval_flags(files)[:4], "--stage-budgets", "1,3,2", *VARIED, *choices]
+    assert texts_of(finish(start("generate", *flags, **debug))) == texts_of(
+        command("generate", *flags)
+    )
+    flags = eval_flags(files, "--stage-budgets", "1,3,2", *VARIED, "--batch", "4")
+    assert command("eval", *flags).status == 0
+    plain = read_untimed(files / "report.json")
+    assert finish(start("eval", *flags, **debug)).status == 0
+    assert read_untimed(files / "report.json") == plain
+    done = finish(start("search", *search_flags(files, "--step", "2"), before=QUICK, **debug))
+    assert done.status == 0, done
+    (journal,) = journals(files)
+    assert plan_of(files) == undisturbed_plan(files, journal, "--step", "2")
+
+
+def report(folder: Path, *flags: str) -> dict:
+    done = command("eval", *eval_flags(folder, *VARIED, *flags))
+    assert done.status == 0, done
+    return untimed(json.loads((folder / "report.json").read_text())) | {"batch": None}
+
+
+def test_the_texts_depend_on_nothing_but_question_model_and_flags(files):
+    flags = ("--stage-budgets", "1,3,2", "--dtype", "float32")
+    first = report(files, *flags)
+    rates = [stage["exit_rate"] for run in first["runs"][1:] for stage in run["stages"]]
+    assert any(0 < rate < 1 for rate in rates), f"some exit, some do not: {rates}"
+    assert 0 < first["runs"][1]["accuracy"] < 1
+    assert report(files, *flags) == first
+    assert report(files, *flags, "--batch", "4") == first
+    backwards = [question(i) for i in reversed(range(MANY))]
+    write_questions(files / "questions.jsonl", backwards)
+    assert report(files, *flags) == first, "what the caches held before does not matter"
+
+
+def test_what_is_random_follows_the_seed(files):
+    flags = ("--method", "random", "--stage-budgets", "3,3,3", "--limit", "12")
+    first = report(files, *flags, "--seed", "1")
+    assert report(files, *flags, "--seed", "1") == first
+    others = [report(files, *flags, "--seed", str(seed))["runs"] for seed in (2, 3, 4)]
+    assert any(runs != first["runs"] for runs in others)
