@@ -586,6 +586,16 @@ def test_debug_mode_changes_no_text(llama, tokenizer, monkeypatch):
     assert told(poisoned[0][1]) == told(plainly[0][1])
 
 
+def test_a_prompt_makes_holes_of_what_it_does_not_reuse(llama):
+    """In a cache that a longer text has filled, what decoding then leaves out is NaN again."""
+    cache, prompt = KVCache(llama, 1, 0), ids_of(12, seed=1)
+    generate_batch(llama, [(cache, [ids_of(30)])], 4)
+    generate_batch(llama, [(cache, [prompt])], 6, (), mask_of([(1, 0)], 3))
+    written = [kv[0].isfinite().all(0).all(-1).sum().item() for kv in cache.layers]
+    assert written == [12 + 5, 12, 12 + 5], "the sixth token was not fed"
+    assert cache.tokens == prompt
+
+
 def test_what_all_layers_have_prefilled_is_not_prefilled_again(llama, tokenizer, calls):
     """And what was decoded under a skip set is: only common prefixes of prompts are reused."""
     ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)

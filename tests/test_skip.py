@@ -306,6 +306,15 @@ def test_adaskip_adds_ffns_that_reach_the_threshold_while_decoding():
         assert torch.allclose(mask, torch.tensor([[1.1, 2.5], [0, 1.4], [1.5, 0]]).double())
 
 
+def test_adaskip_adds_an_ffn_whose_similarity_just_reaches_the_threshold():
+    """The third largest is 0, and so is the cosine of what FFN 0 does: orthogonal, exactly."""
+    skip = AdaSkip(setting_of([[0.5, -1.0], [0.25, 0.0]]), 3, window=1)
+    show(skip, 0, {(0, FFN): 0.0})
+    assert skip(1).tolist() == [[1, 1], [1, 1]]
+    show(skip, 0, {(0, FFN): -0.01})
+    assert skip(1).tolist() == [[1, 0], [1, 1]]
+
+
 def test_adaskip_starts_anew_with_every_request():
     skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3, window=2)
     for step in range(2):
