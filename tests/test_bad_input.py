@@ -165,6 +165,10 @@ def line(number: int, edit):
     return damage
 
 
+def long_question() -> dict:
+    return question(0)["question"] | {"stem": "Why? " * 500}
+
+
 def choices(*labels: str):
     given = [{"label": label, "text": "bee"} for label in labels]
     return line(3, lambda row: row["question"].update(choices=given))
@@ -227,6 +231,11 @@ ROWS = {
             (W, HEAD, "tie_word_embeddings"),
         ),
         Row("not tied, but no head", tensors(lambda t: t.pop(HEAD)), ("model", HEAD, "missing")),
+        Row(
+            "a name of two lines",
+            header(lambda h: h.update({"a\nb": h.pop(NORM)})),
+            (W, "unexpected tensor", "a b"),
+        ),
     ],
     "Shards": [
         Row("a shard missing", gone(SHARD), (SHARD, "cannot be read"), SHARDED),
@@ -264,6 +273,24 @@ ROWS = {
             "an index with an empty map",
             raw(INDEX, '{"weight_map": {}}'),
             (INDEX, "weight_map"),
+            SHARDED,
+        ),
+        Row(
+            "a path with a zero byte",
+            index(lambda m: m.update({NORM: "a\0b"})),
+            ("sharded/a?b", "cannot be read"),
+            SHARDED,
+        ),
+        Row(
+            "a path that is no text",
+            index(lambda m: m.update({NORM: "\ud800"})),
+            ("sharded", "cannot be read"),
+            SHARDED,
+        ),
+        Row(
+            "the folder above for a path",
+            index(lambda m: m.update({NORM: ".."})),
+            ("sharded/..", "cannot be read"),
             SHARDED,
         ),
     ],
@@ -342,6 +369,12 @@ ROWS = {
             config(tie_word_embeddings="no"),
             (C, "tie_word_embeddings", "'no'"),
         ),
+        Row("a rope_theta that gives no numbers", config(rope_theta=1e-300), ("NaN", "--dtype")),
+        Row(
+            "a context shorter than every prompt",
+            config(max_position_embeddings=9),
+            (Q, "context of 9 tokens"),
+        ),
     ],
     "Tokenizer": [
         Row("missing", gone(T), ("model", "tokenizer.json", "tokenizer.model")),
@@ -376,6 +409,11 @@ ROWS = {
         ),
         Row("an empty list of end tokens", config(G, eos_token_id=[]), ("model", "eos_token_id")),
         Row("generation_config.json not JSON", raw(G, "eos: 1"), (G, "not JSON")),
+        Row(
+            "an id beyond the embedding",
+            tokenizer(lambda t: t["model"]["vocab"].update(W=99999)),
+            ("model", "100000 tokens", "320"),
+        ),
     ],
     "Questions": [
         Row("missing", gone(Q), (Q, "--data")),
@@ -431,6 +469,17 @@ ROWS = {
             (Q, "line 2", "answerKey"),
             name="search",
         ),
+        Row(
+            "all longer than the context",
+            lambda f: write_questions(f / Q, [question(0) | {"question": long_question()}]),
+            (Q, "context of 512 tokens"),
+        ),
+        Row(
+            "all longer than the context, for search",
+            lambda f: write_questions(f / Q, [question(0) | {"question": long_question()}]),
+            (Q, "context of 512 tokens"),
+            name="search",
+        ),
     ],
     "Plan": [
         Row("missing", gone("plan.json"), ("plan.json", "cannot be read"), PLAN),
@@ -470,6 +519,25 @@ ROWS = {
             PLAN,
         ),
         Row("an unknown granularity", plan(granularity="head"), ("plan.json", "granular"), PLAN),
+        Row(
+            "a window of 5.5 tokens",
+            plan(exit={"window": 5.5, "threshold": 0.5}),
+            ("plan.json", "exit", "5.5"),
+            PLAN,
+        ),
+        Row(
+            "a window of 10^30 tokens",
+            plan(exit={"window": 10**30, "threshold": 0.5}),
+            ("plan.json", "exit", "100000"),
+            PLAN,
+        ),
+        Row("an exit that is a list", plan(exit=[5, 0.5]), ("plan.json", "list"), PLAN),
+        Row(
+            "an importance that is no number",
+            plan(importance={"similarity": [[float("nan"), 1]] * 3, "ratio": [[1, 1]] * 3}),
+            ("plan.json", "importance", "3 x 2 numbers"),
+            PLAN,
+        ),
     ],
     "Flags": [
         Row(
@@ -508,7 +576,7 @@ ROWS = {
             words=("--granularity", "head", "sublayer"),
         ),
         Row("an unknown split", flags=("--split", "dev"), words=("--split", "dev", "valid")),
-        Row("a limit of zero", flags=("--limit", "0"), words=("--limit", "above 0", "0")),
+        Row("a limit of zero", flags=("--limit", "0"), words=("--limit", "from 1", "0")),
         Row("a limit that is no number", flags=("--limit", "ten"), words=("--limit", "ten")),
         Row(
             "a threshold above 1",
@@ -520,11 +588,11 @@ ROWS = {
             flags=("--exit-threshold", "nan"),
             words=("--exit-threshold", "from 0 to 1", "nan"),
         ),
-        Row("a window of zero", flags=("--exit-window", "0"), words=("--exit-window", "above 0")),
+        Row("a window of zero", flags=("--exit-window", "0"), words=("--exit-window", "from 1")),
         Row(
             "negative max-new-tokens",
             flags=("--max-new-tokens", "-3"),
-            words=("--max-new-tokens", "above 0", "-3"),
+            words=("--max-new-tokens", "from 1", "-3"),
         ),
         Row("an unknown flag", flags=("--stage-budget5", "1"), words=("--stage-budget5",)),
         Row(
@@ -536,7 +604,7 @@ ROWS = {
             "a plan in no folder",
             flags=("--out", "{DIR}/nowhere/plan.json"),
             name="search",
-            words=("nowhere/plan.json", "journal"),
+            words=("--out", "nowhere/plan.json", "a folder that exists"),
         ),
         Row(
             "max-budget above the sub-layers",
@@ -550,7 +618,7 @@ ROWS = {
             name="search",
             words=("--epsilon", "from 0 to 1", "-0.1"),
         ),
-        Row("a step of zero", flags=("--step", "0"), name="search", words=("--step", "above 0")),
+        Row("a step of zero", flags=("--step", "0"), name="search", words=("--step", "from 1")),
         Row(
             "one choice",
             flags=("Which?", "this"),
@@ -558,6 +626,70 @@ ROWS = {
             words=("choices", "2 to 26", "found 1"),
         ),
         Row("no text", name="generate", words=("text",)),
+        Row(
+            "a report in no folder",
+            flags=("--json", "{DIR}/nowhere/report.json"),
+            words=("--json", "nowhere/report.json", "a folder that exists"),
+        ),
+        Row(
+            "a report that is a folder",
+            flags=("--json", "{DIR}/model"),
+            words=("--json", "DIR/model", "expected a file"),
+        ),
+        Row(
+            "a plan that is a folder",
+            flags=("--out", "{DIR}/model"),
+            name="search",
+            words=("--out", "DIR/model", "expected a file"),
+        ),
+        Row("a negative seed", flags=("--seed", "-1"), words=("--seed", "-1")),
+        Row("a seed of 10^30", flags=("--seed", "1" + "0" * 30), words=("--seed", "2^31")),
+        Row(
+            "a window of 10^30",
+            flags=("--exit-window", "1" + "0" * 30),
+            words=("--exit-window", "2^31"),
+        ),
+        Row(
+            "max-new-tokens of 10^30",
+            flags=("--max-new-tokens", "1" + "0" * 30),
+            words=("--max-new-tokens", "2^31"),
+        ),
+        Row(
+            "a flag of two lines",
+            flags=("--stage-budgets", "1\n2"),
+            words=("--stage-budgets", "three"),
+        ),
+        Row("data of two lines", flags=("--data", "a\nb"), words=("--data a b", "expected")),
+        Row(
+            "a temperature of NaN",
+            flags=("--temperature", "nan", "Hi"),
+            name="generate",
+            words=("--temperature", "from 0", "nan"),
+        ),
+        Row(
+            "a negative temperature",
+            flags=("--temperature=-1", "Hi"),
+            name="generate",
+            words=("--temperature", "from 0", "-1"),
+        ),
+        Row(
+            "a text that is not UTF-8",
+            flags=("caf\udce9",),
+            name="generate",
+            words=("text", "UTF-8"),
+        ),
+        Row(
+            "a choice that is not UTF-8",
+            flags=("Which?", "caf\udce9", "tea"),
+            name="generate",
+            words=("choices", "UTF-8"),
+        ),
+        Row(
+            "minutes of NaN",
+            flags=("--refine", "nan"),
+            name="search",
+            words=("--refine", "from 0", "nan"),
+        ),
     ],
 }
 
@@ -663,11 +795,23 @@ def without_library_words(text: str) -> str:
     return re.sub(r" \(.*\)| expected JSON: .*|, maybe you meant .*", "", text)
 
 
+MUTATIONS = """
+## Mutations
+
+Good files damaged at random by `tests/test_mutations.py`, and how the commands that read them
+ended. Results may be others where a number or a text became another good one: nothing can tell.
+
+"""
+
+
 def test_the_list_is_up_to_date():
+    listed = LISTED.read_text().partition(MUTATIONS)[0]
     now = without_library_words(page(listed_lines()))
-    assert without_library_words(LISTED.read_text()) == now, "run python tests/test_bad_input.py"
+    assert without_library_words(listed) == now, "run python tests/test_bad_input.py"
 
 
 if __name__ == "__main__":
-    LISTED.write_text(page(listed_lines()))
+    from test_mutations import table
+
+    LISTED.write_text(page(listed_lines()) + MUTATIONS + table())
     print(f"{LISTED}: {len(NAMED)} mistakes")
