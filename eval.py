@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from data import cli
 from data.questions import Question, locate, read_questions
-from data.report import describe, make_report, print_differences, print_runs, print_stages
+from data.report import describe, make_report, print_report
 from data.setup import check_fits, configure, load
 from generate import Exit, Pipeline, Stage
 from model import KVCache
@@ -37,10 +37,9 @@ def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, n
 
 
 def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run]:
-    """The runs of --compare: every method over a range of budgets, LiteStage at its plans, and its
-    ablations: the plans without the exit, and one budget for all stages."""
-    step = max(setting.n_layers // 4, 1)
-    uniform = [[budget] * 3 for budget in range(step, 2 * setting.n_layers, step)]
+    """The runs of --compare: every method at a quarter, half and three quarters of all sub-layers,
+    LiteStage at its plans, and its ablations: the plans without the exit, one budget for all."""
+    uniform = [[setting.n_layers * quarters // 2] * 3 for quarters in (1, 2, 3)]
     others = [method for method in POLICIES if method not in ("full", "litestage")]
     runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
@@ -90,14 +89,12 @@ def main() -> None:
         r.answers, r.stages = cli.interleave(r.answers), cli.interleave(r.stages)
     correct = [question.answer for question in questions]
     entries = [describe(r, runs[0], correct) for r in runs]
-    if args.json and number == 0:
-        cli.write_json(args.json, make_report(args, model, entries, len(questions), args.batch))
-    print_runs(entries)
-    if not args.compare:
-        print_stages(entries)
-    print_differences(entries, len(questions))
-    if ranks > 1 or args.batch > 1:
-        print(f"latencies: {ranks} processes at once, shares of batches of {args.batch}")
+    report = make_report(args, model, entries, len(questions), args.batch)
+    try:
+        if args.json and number == 0:
+            cli.write_json(args.json, report)
+    finally:  # a closed pipe loses no file, a full disk no table
+        print_report(report)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,8 @@ def generate_batch(
 ) -> list[Generation]:
     """Continues all prompts of all groups together, in their order; see `prefill`, `generate`.
     last_ids: tokens that end a text too, but belong to it."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
     context = model.args.max_seq_len
     rows = [Row(len(prompt), exit, last_ids) for _, prompts in groups for prompt in prompts]
     fitting = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]

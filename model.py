@@ -363,6 +363,8 @@ class Llama(nn.Module):
             # a padding token sees itself, so that its softmax has something to normalise
             mask = (mask & ~hole) | (keys == keys[pos:, None])  # (bsz, 1, seqlen, end)
         rows = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
+        if len(rows) != len(self.layers):
+            raise ValueError(f"skip: expected ({len(self.layers)}, 2), found {tuple(skip.shape)}")
         x = F.embedding(tokens, self.embed.weight)  # (bsz, seqlen, dim)
         for i, layer in enumerate(self.layers):
             for sub in (0, 1):

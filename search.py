@@ -316,8 +316,8 @@ def main() -> None:
         "full": full,
         "command": shlex.join(["python", *sys.argv]),
     }
-    plans = []
-    for epsilon in sorted(set(args.epsilon), reverse=True):
+    plans = {}
+    for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
         target, deadline = full["accuracy"] - epsilon, began + 60 * args.refine
         budgets = list(range(0, last + 1, args.step))
@@ -325,12 +325,15 @@ def main() -> None:
         exit = Exit(args.exit_window, point[1])._asdict() if point[1] else None
         chosen = evaluator(point, 0.0)
         found = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
-        plans.insert(0, {**shared, **found, "trials": log})
+        plans[epsilon] = {**shared, **found, "trials": log}
     keys = ("epsilon", "budgets", "exit", "chosen")
-    plans[0]["frontier"] = [{key: plan[key] for key in keys} for plan in plans]
-    for i, plan in enumerate(plans):
+    frontier = [{key: plans[epsilon][key] for key in keys} for epsilon in sorted(plans)]
+    for epsilon, plan in plans.items():  # the first one that --epsilon lists is the plan
         out = args.out
-        out = out.with_name(f"{out.stem}-{plan['epsilon']:g}{out.suffix}") if i else out
+        if epsilon == args.epsilon[0]:
+            plan["frontier"] = frontier
+        else:
+            out = out.with_name(f"{out.stem}-{epsilon:g}{out.suffix}")
         print_plan(out, plan)
         if cli.rank()[0] == 0:
             cli.write_json(out, plan)

@@ -98,7 +98,7 @@ FLAGS = {
     "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
     "--temperature": (0.0, number, "T", "0 is greedy"),
     "--out": (Path("plan.json"), output, "FILE", "the plan"),
-    "--epsilon": ([0.01], fractions, "E,...", "accuracy that may be lost; several: a plan each"),
+    "--epsilon": ([0.01], fractions, "E,...", "accuracy that may be lost; more: a frontier"),
     "--max-budget": (None, positive, "N", "the largest budget (default: all sub-layers but two)"),
     "--step": (1, positive, "N", "between the budgets that are tried"),
     "--refine": (0.0, number, "MIN", "minutes for trying neighbours of the chosen budgets"),
@@ -154,8 +154,10 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head -1`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # of stdout: `| head -1`, a full disk; files report their own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(e, BrokenPipeError):
+            fail(e)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise

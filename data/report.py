@@ -152,6 +152,17 @@ def print_differences(runs: list[dict], n: int) -> None:
             )
 
 
+def print_report(report: dict) -> None:
+    """All tables of a report; the stages only where there are few runs."""
+    runs = report["runs"]
+    print_runs(runs)
+    if len(runs) <= 3:
+        print_stages(runs)
+    print_differences(runs, report["n"])
+    if report["ranks"] > 1 or report["batch"] > 1:
+        print(f"latencies: {report['ranks']} processes at once, batches of {report['batch']}")
+
+
 def print_scan(title: str, tried: list, trials: list[dict], target: float, chosen, noise: float):
     """What a search tried: the paper's table for one stage, `tried` its budgets or thresholds."""
     print(f"\n{title}: target accuracy {target:.1%}")

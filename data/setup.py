@@ -30,6 +30,7 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
+        expect(device.type != "meta", "--device meta: expected one that holds numbers")
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {args.device}: expected cpu or a cuda ({reason})") from None
@@ -46,7 +47,8 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
 
 def check_memory(folder: Path, device: torch.device) -> None:
     """Raises InputError if the weights are larger than the free memory of the device."""
-    needed = sum(file.stat().st_size for file in weight_files(folder) if file.exists())
+    files = filter(os.path.isfile, weight_files(folder))  # a missing one is named when it is read
+    needed = sum(map(os.path.getsize, files))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
