@@ -238,6 +238,12 @@ ROWS = {
         ),
     ],
     "Shards": [
+        Row(
+            "a path of 5000 letters",
+            index(lambda m: m.update({NORM: "x" * 5000})),
+            ("sharded/xxx",),
+            SHARDED,
+        ),
         Row("a shard missing", gone(SHARD), (SHARD, "cannot be read"), SHARDED),
         Row("a shard cut short", cut(SHARD, 50), (SHARD, "not a whole safetensors"), SHARDED),
         Row(
@@ -540,6 +546,11 @@ ROWS = {
         ),
     ],
     "Flags": [
+        Row(
+            "a device without numbers",
+            flags=("--device", "meta"),
+            words=("--device meta", "numbers"),
+        ),
         Row(
             "two budgets",
             flags=("--stage-budgets", "2,4"),

@@ -265,6 +265,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(trouble, files):
     line = one_line(done._replace(out=""))
     assert f"{files}/report.json: cannot be written" in line
     assert snapshot(files) == before and before["report.json"].decode() == REPORT
+    assert "litestage 1,1,1" in done.out, "what was computed is shown all the same"
 
 
 def test_a_plan_that_cannot_be_written_costs_no_trial(files):
@@ -331,6 +332,14 @@ def test_a_closed_stdout_does_not_keep_the_report_from_being_written(files):
     flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
     done = finish(start("eval", *flags, stdout=None, preexec_fn=lambda: os.close(1)))
     assert (done.status, done.err) == (0, "")
+    assert json.loads((files / "report.json").read_text())["n"] == 2
+
+
+def test_a_full_disk_behind_stdout_is_one_line(files):
+    flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
+    with open("/dev/full", "w") as full:
+        done = finish(start("eval", *flags, stdout=full))
+    assert done.status == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert json.loads((files / "report.json").read_text())["n"] == 2
 
 
