@@ -18,6 +18,8 @@ from generate import Exit, Pipeline, Stage
 from model import KVCache
 from skip import POLICIES, Setting
 
+DEMO_LIMIT = 200  # questions of the demo unless --limit asks for more: a minute or two
+
 
 @dataclass
 class Run:
@@ -75,7 +77,8 @@ def main() -> None:
     pipeline, folder = load(args)
     model = pipeline.model
     file = locate(args.data, args.split)
-    questions = read_questions(file)[: args.limit]
+    quick = DEMO_LIMIT if args.data == "demo" else None
+    questions = read_questions(file)[: args.limit or quick]
     check_fits(pipeline, questions, file)
     setting, budgets, exit, plan = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0])]

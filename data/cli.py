@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import textwrap
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from skip import POLICIES
 
 def positive(text: str) -> int:
     """A whole number above zero, for argparse."""
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     if not 1 <= value < 1 << 31:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 2^31, found {text}")
     return value
@@ -33,7 +34,10 @@ def natural(text: str) -> int:
 
 def number(text: str, most: float = 1e6) -> float:
     """A number from 0 to `most`, for argparse."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= most:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to {most:g}, found {text}")
     return value
@@ -81,7 +85,12 @@ FLAGS = {
     "--model": ("demo", str, "DIR", "checkpoint folder, hub id ORG/NAME, or demo"),
     "--data": ("demo", str, "DATA", "questions file, folder, or name of a data set"),
     "--split": ("test", ("train", "valid", "test"), None, "which questions of a data set"),
-    "--limit": (None, positive, "N", "only the first N questions"),
+    "--limit": (
+        None,
+        positive,
+        "N",
+        "only the first N questions (default: all; eval: 200 of the demo)",
+    ),
     "--seed": (0, natural, "N", "of everything random"),
     "--device": ("cpu", str, "DEV", "cpu, cuda, cuda:1, ..."),
     "--dtype": (None, tuple(DTYPES), None, "to compute in (default: as stored)"),
@@ -205,6 +214,10 @@ def write_json(path: Path, value: dict) -> None:
             part.unlink()
 
 
+def checksum(line) -> int:
+    return zlib.crc32(json.dumps(line).encode())
+
+
 class Journal:
     """JSON lines, each fsynced before the work goes on; a torn last line is dropped."""
 
@@ -216,9 +229,7 @@ class Journal:
         try:
             raw = path.read_bytes() if path.exists() else b""
             whole = raw[: raw.rfind(b"\n") + 1]
-            self.lines = [json.loads(line) for line in whole.splitlines()]
-            if not all(isinstance(line, dict) for line in self.lines):
-                raise ValueError("a line is no object")
+            self.lines = [self.unsealed(json.loads(line)) for line in whole.splitlines()]
             self.file = open(path, "r+b" if path.exists() else "w+b")
             self.file.truncate(len(whole))
             self.file.seek(0, os.SEEK_END)
@@ -228,6 +239,14 @@ class Journal:
             raise InputError(f"{path}: not a journal of ours ({e}); delete it") from None
         gather(self.lines)
 
+    @staticmethod
+    def unsealed(line) -> dict:
+        """A line as it was appended. Raises ValueError if it is another now."""
+        found = line.pop("crc32", None) if isinstance(line, dict) else None
+        if found != checksum(line):
+            raise ValueError("a line is damaged")
+        return line
+
     def find(self, kind: str) -> list:
         """All values of a kind, in the order they were appended."""
         return [line[kind] for line in self.lines if kind in line]
@@ -236,7 +255,8 @@ class Journal:
         value = gather(value)[0]
         try:
             if self.file is not None:
-                self.file.write(json.dumps({kind: value}).encode() + b"\n")
+                line = {kind: value}
+                self.file.write(json.dumps(line | {"crc32": checksum(line)}).encode() + b"\n")
                 self.file.flush()
                 os.fsync(self.file.fileno())
         except OSError as e:

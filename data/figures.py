@@ -37,11 +37,12 @@ def points_by_method(runs: list[dict]) -> dict[str, list[dict]]:
 
 def draw_comparison(plt, report: dict, path: Path) -> None:
     """Accuracy against speed-up; the full model and the four points below it are marked."""
-    figure, axes = plt.subplots(figsize=(7, 4.6))
+    figure, axes = plt.subplots(figsize=(8.5, 4.6))
     full = 100 * report["runs"][0]["accuracy"]
     axes.axhline(full, color="black", linewidth=0.8)
     axes.axhspan(full - 4, full, color="0.9", zorder=0)
-    axes.annotate("full model, and 4 points below", (1.0, full), (2, 4), textcoords="offset points")
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
+    axes.annotate("full model, and 4 points below", (1.0, full), (0, 4), ha="right", **where)
     methods = points_by_method(report["runs"])
     for i, (name, runs) in enumerate(methods.items()):
         marker, line, label = STYLES.get(name, ("o", "-", name))
@@ -63,7 +64,7 @@ def draw_comparison(plt, report: dict, path: Path) -> None:
     axes.set_xlabel("speed-up over the full model, end to end")
     axes.set_ylabel("accuracy, % (95% interval)")
     axes.set_title(f"{report['data']} {report.get('split', '')}, n = {report['n']}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 0.85))
     finish(plt, figure, axes, path)
 
 

@@ -1,4 +1,4 @@
-"""Damaged files at random: 630 of them, always the same ones, give the same results or one line.
+"""Damaged files at random: 720 of them, always the same ones, give the same results or one line.
 
     python -m pytest -q -s tests/test_mutations.py     # prints the count by outcome
 
@@ -37,7 +37,7 @@ from damage import (  # must come first: threads, path
     write_raw,
 )
 
-N = 630
+N = 720
 MOST = 1 << 30  # bytes that a run may have beyond what the process has already
 SLOWEST = 60  # seconds, for a run that takes 0.1
 
@@ -240,6 +240,8 @@ FAMILIES = {
         as_json("plan.json"), evaluate_plan, starts("budgets", "exit", "importance", "granularity")
     ),
     "plan, a byte": Family(as_bytes("plan.json"), evaluate_plan, always),
+    "journal, a line": Family(as_lines("journal"), search, always),
+    "journal, a byte": Family(as_bytes("journal"), search, always),
 }
 
 
