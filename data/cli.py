@@ -63,6 +63,11 @@ def output(text: str) -> Path:
     return path
 
 
+def threshold(text: str) -> float | None:
+    """A fraction, or auto: the search chooses, other commands take the plan's; for argparse."""
+    return None if text == "auto" else fraction(text)
+
+
 def fractions(text: str) -> list[float]:
     """Numbers from 0 to 1, separated by commas, for argparse."""
     return [fraction(part) for part in text.split(",")]
@@ -98,7 +103,7 @@ FLAGS = {
     "--stage-budgets": (None, budgets, "R,A,S", "sub-layers each stage skips, e.g. 2,4,1"),
     "--method": ("litestage", tuple(POLICIES), "NAME", "one of " + ", ".join(POLICIES)),
     "--granularity": (None, ("sublayer", "layer"), None, "what is ranked (default: sublayer)"),
-    "--exit-threshold": (None, fraction, "T", "mean confidence that ends a stage; 0: never"),
+    "--exit-threshold": (None, threshold, "T", "mean confidence that ends a stage; 0: never"),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
     "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
@@ -144,6 +149,10 @@ def make_parser(doc: str, *flags: str) -> Parser:
         text += " (default: %(default)s)" if default is not None and default is not False else ""
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
+        elif flag == "--refine":  # alone it means five minutes
+            parser.add_argument(
+                flag, nargs="?", const=5.0, default=default, type=kind, metavar=metavar, help=text
+            )
         elif isinstance(kind, tuple):
             parser.add_argument(flag, default=default, choices=kind, metavar=metavar, help=text)
         else:
