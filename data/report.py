@@ -106,17 +106,17 @@ def name_of(run: dict) -> str:
 def print_runs(runs: list[dict]) -> None:
     """A line for every run: accuracy with its interval, cost, speed-up, sub-layers skipped."""
     print(
-        f"{'method and budgets':<26}{'accuracy [95%]':>20}{'tokens':>7}{'ms':>7}{'speed':>7}"
-        f"{'skipped':>13}"
+        f"{'method and budgets':<26}{'accuracy [95%]':>19}{'tokens':>7}{'ms':>7}{'speed':>7}"
+        f"{'skipped':>14}"
     )
     for r in runs:
         low, high = r["accuracy_ci95"]
-        accuracy = f"{100 * r['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        accuracy = f"{100 * r['accuracy']:.1f} [{100 * low:.1f},{100 * high:.1f}]"
         tokens = sum(stage["tokens"] for stage in r["stages"])
-        skipped = ",".join(f"{stage['skipped_sublayers']:.3g}" for stage in r["stages"])
+        skipped = ",".join(f"{round(stage['skipped_sublayers'], 1):g}" for stage in r["stages"])
         print(
-            f"{name_of(r):<26}{accuracy:>20}{tokens:>7.1f}{1e3 * r['latency_s']:>7.1f}"
-            f"{r['speedup']:>6.2f}x{skipped:>13}"
+            f"{name_of(r):<26}{accuracy:>19}{tokens:>7.1f}{1e3 * r['latency_s']:>7.1f}"
+            f"{r['speedup']:>6.2f}x{skipped:>14}"
         )
 
 
@@ -147,7 +147,7 @@ def print_differences(runs: list[dict], n: int) -> None:
     for r in runs:
         if r["no_answer"] or r["too_long"]:
             print(
-                f"{name_of(r)}: no answer to {r['no_answer']} of {n} questions; "
+                f"{name_of(r)}: {r['no_answer']} of {n} with no answer, "
                 f"{r['too_long']} did not fit the context"
             )
 
