@@ -107,6 +107,7 @@ FLAGS = {
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
     "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
+    "--compile": (False, bool, None, "replay each stage's decoding step as a CUDA graph"),
     "--json": (None, output, "FILE", "write the report there"),
     "--compare": (False, bool, None, "every method over a range of budgets, and the plan's"),
     "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
@@ -117,7 +118,8 @@ FLAGS = {
     "--step": (1, positive, "N", "between the budgets that are tried"),
     "--refine": (0.0, number, "MIN", "minutes for trying neighbours of the chosen budgets"),
 }
-MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--max-new-tokens", "--shots")
+MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--compile")
+MODEL_FLAGS += ("--max-new-tokens", "--shots")
 METHOD_FLAGS = ("--plan", "--stage-budgets", "--method")
 SEARCH_FLAGS = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
 

@@ -99,9 +99,12 @@ class Done(NamedTuple):
     err: str
 
 
+MAINS = {"generate": "data.ask"}  # where a command's main is, if not in the module it is called by
+
+
 def command(name: str, *argv: str) -> Done:
     """Runs eval, search or generate in this process; an exception that escapes goes on."""
-    main = importlib.import_module(name).main
+    main = importlib.import_module(MAINS.get(name, name)).main
     out, err, status = io.StringIO(), io.StringIO(), 0
     streams = redirect_stdout(out), redirect_stderr(err)
     with streams[0], streams[1], mock.patch.object(sys, "argv", [f"{name}.py", *argv]):
@@ -114,9 +117,10 @@ def command(name: str, *argv: str) -> Done:
 
 def start(name: str, *argv: str, before: str = "", **options) -> subprocess.Popen:
     """Starts the same command as a process of its own; `before` is code that runs first."""
-    code = f"import {name}; from data import cli; import sys; sys.argv[0] = '{name}.py'; {before}"
+    module = MAINS.get(name, name)
+    code = f"import {module}; from data import cli; import sys; sys.argv[0] = '{name}.py'; {before}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    given = [sys.executable, "-c", f"{code}\ncli.run({name}.main)", *argv]
+    given = [sys.executable, "-c", f"{code}\ncli.run({module}.main)", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen(given, **(pipes | {"env": env} | options))
 
