@@ -26,7 +26,7 @@ def main() -> None:
     expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
     pipeline, folder = load(args)
     setting, budgets, exit, _ = configure(args, pipeline, folder)
-    skips = [POLICIES[args.method](setting, budget) for budget in budgets]
+    skips = [POLICIES[args.method or "litestage"](setting, budget) for budget in budgets]
     if not args.choices:
         exit = exit if args.exit_threshold else None  # by default a plain text just goes on
         model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
