@@ -221,7 +221,8 @@ class Attention(nn.Module):
         qk.mul_(cos).addcmul_(rotated, sin)
         q, kv_now = qkv[:, :, :heads].transpose(1, 2), qkv[:, :, heads:].transpose(1, 2)
         if kv is not None:
-            kv_now = kv.index_copy_(2, slots, kv_now)  # (bsz, 2 * n_kv_heads, end, head_dim)
+            kv[:, :, slots] = kv_now
+            kv_now = kv  # (bsz, 2 * n_kv_heads, end, head_dim)
         k, v = kv_now.chunk(2, 1)
         if seqlen == 1:  # a KV head's query heads as its queries: it is read once for all of them
             q = q.reshape(bsz, kv_heads, heads // kv_heads, self.head_dim)
@@ -359,16 +360,16 @@ class Llama(nn.Module):
         seqlen, static = tokens.shape[1], torch.is_tensor(pos)
         end = cache.max_len if static else pos + seqlen
         keys = torch.arange(end, device=tokens.device)
-        slots = pos if static else keys[pos:]  # (seqlen,)
-        positions = slots if static else slice(pos, end)
-        mask, pad = None, cache and cache.pad
+        slots = pos if static else slice(pos, end)
+        positions, mask, pad = slots, None, cache and cache.pad
         if seqlen > 1 or static or pad is not None:
-            hidden = keys > slots[:, None]  # (seqlen, end): causal
+            queries = keys[slots]  # (seqlen,)
+            hidden = keys > queries[:, None]  # (seqlen, end): causal
             if pad is not None:
-                positions = (slots - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
+                positions = (queries - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
                 hole = keys < pad[:, None, None, None]
                 # a padding token sees itself, so that its softmax has something to normalise
-                hidden = (hidden | hole) & (keys != slots[:, None])  # (bsz, 1, seqlen, end)
+                hidden = (hidden | hole) & (keys != queries[:, None])  # (bsz, 1, seqlen, end)
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -math.inf)
         tables = self.rope(keys) if cache is None else cache.rope
         rope = [table[positions] for table in tables]
