@@ -77,15 +77,16 @@ def greedy(
     return point
 
 
-def refine(evaluate: Evaluate, point: Point, budgets, target: float, deadline: float) -> Point:
+def refine(evaluate: Evaluate, point: Point, budgets, target: float, time_left: Callable) -> Point:
     """Ours: descent from the greedy's point. Tries all points one budget off in any of the stages,
     so that one stage may give what another takes, and goes to the fastest that meets the target,
     until none is faster or time is up."""
     now = evaluate(point, target)
-    while time.monotonic() < deadline:
+    while time_left():
         at = [budgets.index(budget) for budget in point[0]]
         near = itertools.product(*(budgets[max(i - 1, 0) : i + 2] for i in at))
-        chosen = best([evaluate((tried, point[1]), target) for tried in near], target)
+        trials = [evaluate((tried, point[1]), target) for tried in near if time_left()]
+        chosen = best(trials, target)
         if chosen is None or (meets(now, target) and chosen["latency_s"] >= now["latency_s"]):
             break
         now, point = chosen, (tuple(chosen["budgets"]), chosen["threshold"])
@@ -236,7 +237,7 @@ class Evaluator:
 # ---------------------------------------------------------------- command
 
 
-def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float, deadline):
+def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float):
     """(point, trials in their order) for one target, shown as they come in."""
     args, log = evaluator.args, []
     total = len(order) * len(budgets) + len(THRESHOLDS)
@@ -257,7 +258,8 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
         others = () if args.exit_threshold is not None else THRESHOLDS
         point = greedy(evaluate, order, budgets, target, [first, *{*others} - {first}], show)
         if args.refine:
-            start, point = point, refine(evaluate, point, budgets, target, deadline)
+            start, time_left = point, cli.timer(60 * args.refine)
+            point = refine(evaluate, start, budgets, target, time_left)
             gain = evaluator(start, 0.0)["latency_s"] / evaluator(point, 0.0)["latency_s"]
             print(f"\nrefined from {start[0]} to {point[0]}: {gain:.3f}x faster")
     return point, log
@@ -293,9 +295,8 @@ def main() -> None:
     found = {}
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
-        target, deadline = full["accuracy"] - epsilon, began + 60 * args.refine
-        budgets = list(range(0, last + 1, args.step))
-        point, log = find_plan(evaluator, order, budgets, target, deadline)
+        budgets, target = list(range(0, last + 1, args.step)), full["accuracy"] - epsilon
+        point, log = find_plan(evaluator, order, budgets, target)
         exit = Exit(args.exit_window, point[1])._asdict() if point[1] else None
         chosen = evaluator(point, 0.0)
         own = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}

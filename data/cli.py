@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import textwrap
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,12 @@ def interleave(mine: list) -> list:
     """The items of all ranks, where rank k has items k, k + world, ..., in their order."""
     shards = gather(mine)
     return [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
+
+
+def timer(seconds: float) -> Callable[[], bool]:
+    """Tells whether time is left, by the first rank's clock, so that all ranks do the same."""
+    deadline = time.monotonic() + seconds
+    return lambda: gather(time.monotonic() < deadline)[0]
 
 
 def progress(*args, **kwargs) -> tqdm:
