@@ -127,7 +127,7 @@ def test_refine_tries_nothing_more_when_time_is_up():
 
     def table(point, target):
         tried.append(point)
-        return trial(point[0], 0.0, 1.0, 30 - sum(point[0]))
+        return trial(point[0], 0.0, 1.0, 30 - point[0][2])
 
     assert refine(table, start, [0, 1], 0.9, lambda: next(left, False)) != start
     assert len(tried) == 4, "the start and three neighbours"
