@@ -293,7 +293,8 @@ class Stage:
 @dataclass
 class Pipeline:
     """A model that answers questions in stages. shots: worked examples before each prompt, of
-    which every text ends at a newline; generated ones then end there, too."""
+    which every text ends at a newline; generated ones then end there, too. static: recorded
+    decoding steps, of `generate_batch`."""
 
     model: Llama
     tokenizer: Tokenizer
