@@ -75,7 +75,6 @@ def main() -> None:
     parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *cli.METHOD_FLAGS, *own)
     args = parser.parse_args()
     pipeline, folder = load(args)
-    model = pipeline.model
     file = locate(args.data, args.split)
     quick = DEMO_LIMIT if args.data == "demo" else None
     questions = read_questions(file)[: args.limit or quick]
@@ -93,7 +92,7 @@ def main() -> None:
         r.answers, r.stages = cli.interleave(r.answers), cli.interleave(r.stages)
     correct = [question.answer for question in questions]
     entries = [describe(r, runs[0], correct) for r in runs]
-    report = make_report(args, model, entries, len(questions), args.batch)
+    report = make_report(args, pipeline.model, entries, len(questions), args.batch)
     try:
         if args.json and number == 0:
             cli.write_json(args.json, report)

@@ -96,9 +96,8 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
     batch = KVCache(model, len(rows), longest + room, pad)
     for row, (cache, shared, _) in enumerate(rows):
         batch.copy_from(cache, shared, row, pad[row])
-    new = [([0] * longest + prompt)[-tail:] for *_, prompt in rows]  # (bsz, tail), right-aligned
-    new = torch.tensor(new, device=model.device)
-    return batch, model(new, batch, longest - tail, last=True)[:, -1]
+    new = torch.tensor([([0] * longest + prompt)[-tail:] for *_, prompt in rows])  # (bsz, tail)
+    return batch, model(new.to(model.device), batch, longest - tail, last=True)[:, -1]
 
 
 def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:

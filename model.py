@@ -161,19 +161,25 @@ class Linear(nn.Module):
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        slow = self.weight.dtype != torch.float32 and x.device.type == "cpu"
+        if slow and x.numel() >= 8 * x.shape[-1]:  # many rows: in float32, as much as caches hold
+            blocks = [F.linear(x.float(), block.float()) for block in self.weight.split(256)]
+            out = torch.cat(blocks, -1)
+            return (out if self.bias is None else out + self.bias).to(x.dtype)
+        return F.linear(x, self.weight, self.bias)
 
     __call__ = forward
 
     def pack(self) -> None:
-        """Lays the weight out as it is read fastest: a large one as oneDNN likes it, freeing the
-        plain one, a small one with its inputs outermost. Nothing changes where `packable` says
-        that this build or processor cannot."""
+        """Lays the weight out as it is read fastest: a large one as oneDNN likes it (float32 for
+        one row, that is for decoding), freeing the plain one, a small one with its inputs
+        outermost. A large one stays where `packable` says no."""
         large = self.weight.numel() >= PACK_FROM
         if large and packable(self.weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            rows = 1 if self.weight.dtype == torch.float32 else None
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
             self.weight = None
         elif not large and self.weight.dtype == torch.float32:
             self.weight.data = self.weight.t().contiguous().t()  # a fifth faster, cold
@@ -191,11 +197,10 @@ class Linear(nn.Module):
 
 def packable(weight: Tensor) -> bool:
     """Whether oneDNN has a packed product for this tensor's device, dtype and processor."""
-    ops = torch.ops.mkldnn
-    if weight.device.type != "cpu" or not hasattr(ops, "_reorder_linear_weight"):
-        return False
-    bf16 = weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
-    return bf16 or weight.dtype == torch.float32
+    ops, dtype = torch.ops.mkldnn, weight.dtype
+    known = weight.device.type == "cpu" and hasattr(ops, "_reorder_linear_weight")
+    bf16 = dtype == torch.bfloat16 and known and ops._is_mkldnn_bf16_supported()
+    return known and (bf16 or dtype == torch.float32)
 
 
 class Attention(nn.Module):

@@ -29,7 +29,7 @@ from generate import Exit, Pipeline, Stage, StaticStep, pick, prefill, read
 from model import InputError, KVCache, Llama, expect
 from skip import Importance, Setting, litestage, rank
 
-THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
+THRESHOLDS = (0.5, 0.0, 0.4, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
 ROUNDS = 25  # in which the step times of all budgets are measured in turn
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 
@@ -254,9 +254,8 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
             bar.clear()
             print_scan(name, tried, trials, target, chosen, evaluator.measured["noise"])
 
-        first = Exit().threshold if args.exit_threshold is None else args.exit_threshold
-        others = () if args.exit_threshold is not None else THRESHOLDS
-        point = greedy(evaluate, order, budgets, target, [first, *{*others} - {first}], show)
+        thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
+        point = greedy(evaluate, order, budgets, target, thresholds, show)
         if args.refine:
             start, time_left = point, cli.timer(60 * args.refine)
             point = refine(evaluate, start, budgets, target, time_left)
@@ -272,8 +271,7 @@ def main() -> None:
     began = time.monotonic()
     args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
     pipeline, folder = load(args)
-    model = pipeline.model
-    n_sublayers = 2 * model.args.n_layers
+    n_sublayers = 2 * pipeline.model.args.n_layers
     last = args.max_budget or n_sublayers - 2
     expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
     file = locate(args.data, "valid")
@@ -302,8 +300,8 @@ def main() -> None:
         own = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
         found[epsilon] = {**own, "trials": log}
     write_plans(args, key, evaluator, full, found)
-    took = f"{time.monotonic() - began:.0f} s"
-    print(f"\n{evaluator.generated} question-stages generated, naively {evaluator.naive}; {took}")
+    run, took = evaluator.generated, time.monotonic() - began
+    print(f"\n{run} question-stages generated, naively {evaluator.naive}; {took:.0f} s")
 
 
 if __name__ == "__main__":
