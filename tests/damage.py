@@ -117,7 +117,9 @@ def command(name: str, *argv: str) -> Done:
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed", "tokenizers", "huggingface_hub"])
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed", "tokenizers", "huggingface_hub"]
+)
 
 
 def in_child(name: str, argv: tuple, before: str, env: dict, folder: str) -> None:
