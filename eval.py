@@ -39,9 +39,9 @@ def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, n
 
 
 def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run]:
-    """The runs of --compare: every method at a quarter, half and three quarters of all sub-layers,
-    LiteStage at its plans, and its ablations: the plans without the exit, one budget for all."""
-    uniform = [[setting.n_layers * quarters // 2] * 3 for quarters in (1, 2, 3)]
+    """The runs of --compare: every method at one to six eighths of all sub-layers, LiteStage at
+    its plans, and its ablations: the plans without the exit, one budget for all stages."""
+    uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in (1, 2, 3, 4, 6)]
     others = [method for method in POLICIES if method not in ("full", "litestage")]
     runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
@@ -83,9 +83,10 @@ def main() -> None:
     setting, budgets, exit, plan = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0])]
     if args.compare:
-        runs += compared(setting, exit, plan.get("frontier", [plan] if plan else []))
+        others = compared(setting, exit, plan.get("frontier", [plan] if plan else []))
+        runs += [r for r in others if r.method.startswith(args.method or "")]
     else:
-        runs.append(make_run(args.method, setting, budgets, exit))
+        runs.append(make_run(args.method or "litestage", setting, budgets, exit))
     number, ranks = cli.rank()
     evaluate(pipeline, questions[number::ranks], runs, args.batch)
     for r in runs:  # rank k answered questions k, k + ranks, ...: back into their order

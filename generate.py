@@ -7,24 +7,21 @@ of each stage holds everything that was generated before.
     python generate.py "What can fly?" robin trout oak shovel --stage-budgets 2,4,1
 """
 
-import string
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences, token ids among them
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data import cli
 from data.prompts import STAGES, find_answer, finish, stage_prompts
 from data.questions import Question
-from data.report import print_stage
 from data.tokenizer import Tokenizer
 from model import KVCache, Llama, expect
-from skip import POLICIES
 
 # ---------------------------------------------------------------- generation
 
@@ -62,20 +59,10 @@ class Generation(NamedTuple):
     stop: str
     timings: Timings
 
-    def steps(self, last_ids: Collection[int] = ()) -> int:
+    def steps(self, ends: Mapping[int, bool]) -> int:
         """Decoding steps it took: none for the first token, one more to see an end token."""
-        unseen = self.stop == "eos" and not (self.ids and self.ids[-1] in last_ids)
+        unseen = self.stop == "eos" and not (self.ids and self.ids[-1] in ends)
         return max(len(self.ids) + unseen - 1, 0)
-
-
-def common_prefix(rows: list[list[int]]) -> int:
-    """The number of leading tokens that all rows share."""
-    n = 0
-    for column in zip(*rows):
-        if len(set(column)) > 1:
-            break
-        n += 1
-    return n
 
 
 def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: int):
@@ -93,8 +80,8 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
         if cache.max_len < longest + room:
             cache.grow(model, longest + room)
         # the last token is left for the batch, which needs the logits that follow it
-        shared = len(prompts[0]) if alone else min(common_prefix(prompts), shortest - 1)
-        ready = min(common_prefix([cache.tokens, prompts[0]]), len(prompts[0]) - 1, shared)
+        shared = shortest if alone else min(len(commonprefix(prompts)), shortest - 1)
+        ready = min(len(commonprefix([cache.tokens, prompts[0]])), shortest - 1, shared)
         cache.forget(ready)
         if ready < shared:
             new = torch.tensor([prompts[0][ready:shared]], device=model.device)
@@ -114,35 +101,89 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
     return batch, model(new, batch, longest - tail, last=True)[:, -1]
 
 
-def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, list[int], list[float]]:
-    """The next token of each row: a tensor (bsz,), the same as a list, and its confidences."""
-    probabilities = logits.softmax(-1, dtype=torch.float32)
-    confidences, tokens = probabilities.max(-1)
+def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The next token of each row of logits (bsz, vocab), and its confidence: both (bsz,)."""
+    confidences, tokens = logits.softmax(-1, dtype=torch.float32).max(-1)
     if temperature > 0.01:  # less is greedy
         tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+    return tokens, confidences
+
+
+def read(tokens: Tensor, confidences: Tensor) -> tuple[list[int], list[float]]:
+    """The same as lists: the one time a step waits for a GPU, and one small read from it."""
     if tokens.device.type == "cpu":
-        return tokens, tokens.tolist(), confidences.tolist()
-    both = torch.stack((tokens.double(), confidences.double())).tolist()  # one small read
-    return tokens, [int(token) for token in both[0]], both[1]
+        return tokens.tolist(), confidences.tolist()
+    both = torch.stack((tokens.double(), confidences.double())).tolist()
+    return [int(token) for token in both[0]], both[1]
+
+
+class StaticStep:
+    """A decoding step whose tensors stay where they are and keep their shapes, token after token.
+
+    That is what a CUDA graph needs: on a GPU the step is recorded once for each skip set and then
+    replayed without the interpreter; elsewhere it just runs, to the same tokens. It attends to all
+    of its own cache, (bsz, ..., size, ...), under a mask; finished rows stay, for on a GPU they
+    cost next to nothing. Its results are `tokens` and `confidences`, each (bsz,).
+    """
+
+    def __init__(self, model: Llama, bsz: int, size: int):
+        self.model = model
+        self.cache = KVCache(model, bsz, size)
+        self.cache.pad = torch.zeros(bsz, dtype=torch.long, device=model.device)
+        self.pos, self.tokens = self.cache.pad[:1].clone(), self.cache.pad.clone()
+        self.confidences = torch.zeros(bsz, device=model.device)
+        self.recorded: dict[tuple, Callable] = {}
+
+    def load(self, cache: KVCache, tokens: Tensor, pos: int, skip=None, temperature=0.0):
+        """The function that decodes, under `skip`, what follows the tokens (bsz,) at slot pos."""
+        key = (None if skip is None else str(skip.tolist()), temperature)
+        if key not in self.recorded:
+            self.recorded[key] = self.record(skip, temperature)
+        for mine, its in zip(self.cache.layers, cache.layers):
+            mine[:, :, :pos] = its[:, :, :pos]
+            mine[:, :, pos:] = 0  # masked, but a NaN would get through a mask
+        self.cache.pad.copy_(self.cache.pad * 0 if cache.pad is None else cache.pad)
+        self.tokens.copy_(tokens)
+        self.pos.fill_(pos)
+        return self.recorded[key]
+
+    def record(self, skip, temperature: float) -> Callable[[], None]:
+        def step() -> None:
+            logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
+            for mine, new in zip((self.tokens, self.confidences), pick(logits, temperature)):
+                mine.copy_(new)
+            self.pos += 1
+
+        if self.model.device.type != "cuda":
+            return step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up, which no graph may record
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
 
 
 class Row:
     """A row while it is being decoded: its ids so far, and why it stopped once it has."""
 
-    def __init__(self, length: int, exit: Exit | None, last_ids: Collection[int] = ()):
-        self.length, self.exit, self.last_ids = length, exit, last_ids
+    def __init__(self, length: int, exit: Exit | None):
+        self.length, self.exit = length, exit
         self.ids: list[int] = []
         self.stop: str | None = None
         self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
 
-    def take(self, token: int, confidence: float, eos_ids, max_new_tokens: int, context: int):
+    def take(self, token: int, confidence: float, ends, max_new_tokens: int, context: int) -> None:
         """Appends a token and decides whether the row goes on."""
         expect(confidence == confidence, "the logits are NaN: try --dtype float32")
-        if token not in eos_ids:
+        if ends.get(token, True):
             self.ids.append(token)
             self.recent.append(confidence)
         window, threshold = self.exit or (0, 0.0)
-        if token in eos_ids or token in self.last_ids:
+        if token in ends:
             self.stop = "eos"
         elif window and len(self.recent) == window and sum(self.recent) <= threshold * window:
             self.stop = "confidence"
@@ -154,40 +195,56 @@ class Row:
 
 @torch.inference_mode()
 def generate_batch(
-    model, groups, max_new_tokens, eos_ids=(), skip=None, exit=None, temperature=0.0, last_ids=()
+    model, groups, max_new_tokens, ends=None, skip=None, exit=None, temperature=0.0, static=None
 ) -> list[Generation]:
     """Continues all prompts of all groups together, in their order; see `prefill`, `generate`.
-    last_ids: tokens that end a text too, but belong to it."""
+
+    ends: for each token that ends a text, whether it belongs to it. static: {(bsz, size): recorded
+    StaticStep}, to which new ones are added; None decodes without, and drops finished rows.
+    """
+    ends = ends or {}
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
     context = model.args.max_seq_len
-    rows = [Row(len(prompt), exit, last_ids) for _, prompts in groups for prompt in prompts]
+    rows = [Row(len(prompt), exit) for _, prompts in groups for prompt in prompts]
     fitting = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
     fitting = [(cache, prompts) for cache, prompts in fitting if prompts]
     active = [row for row in rows if 0 < row.length <= context]
-    begin = time.perf_counter()
-    prefill_s, step_s, skipped = 0.0, [], 0
+    prefill_s, step_s, skipped, replay = 0.0, [], 0, None
     if active:
-        cache, logits = prefill(model, fitting, min(max_new_tokens, context))
-        pos = max(row.length for row in active)
-        tokens, chosen, confidences = pick(logits, temperature)
+        begin = time.perf_counter()
+        room, pos = min(max_new_tokens, context), max(row.length for row in active)
+        cache, logits = prefill(model, fitting, room)
+        tokens, confidences = pick(logits, temperature)
+        new = read(tokens, confidences)
         prefill_s = time.perf_counter() - begin
+    if active and static is not None and not callable(skip):
+        key = (len(active), (pos + room + 255) // 256 * 256)  # few sizes, so that few are recorded
+        if key not in static:
+            static[key] = StaticStep(model, *key)
+        step = static[key]
+        replay = step.load(cache, tokens, pos, skip, temperature)
     while active:
-        for row, token, confidence in zip(active, chosen, confidences):
-            row.take(token, confidence, eos_ids, max_new_tokens, context)
+        for row, token, confidence in zip(active, *new):
+            if row.stop is None:
+                row.take(token, confidence, ends, max_new_tokens, context)
         keep = [i for i, row in enumerate(active) if row.stop is None]
-        if len(keep) < len(active):  # a finished row costs nothing more
-            active = [active[i] for i in keep]
-            if not active:
-                break
-            tokens = tokens[keep]
+        if not keep:
+            break
+        if len(keep) < len(active) and replay is None:  # a finished row costs nothing more
+            active, tokens = [active[i] for i in keep], tokens[keep]
             cache.keep(keep)
         begin = time.perf_counter()
         mask = skip(len(step_s)) if callable(skip) else skip
         skipped += 0 if mask is None else int(mask.count_nonzero())
-        probe = getattr(skip, "probe", None)
-        logits = model(tokens[:, None], cache, pos, mask, probe)[:, -1]
-        tokens, chosen, confidences = pick(logits, temperature)
+        if replay is not None:
+            replay()
+            new = read(step.tokens, step.confidences)
+        else:
+            probe = getattr(skip, "probe", None)
+            logits = model(tokens[:, None], cache, pos, mask, probe)[:, -1]
+            tokens, confidences = pick(logits, temperature)
+            new = read(tokens, confidences)
         pos += 1
         step_s.append(time.perf_counter() - begin)
     timings = Timings(prefill_s, step_s, skipped / max(len(step_s), 1))
@@ -208,7 +265,8 @@ def generate(
     eos_ids = () if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     exit = Exit(*exit) if exit is not None else None
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
-    return generate_batch(model, [group], max_new_tokens, eos_ids, skip, exit, temperature)[0]
+    ends = dict.fromkeys(eos_ids, False)
+    return generate_batch(model, [group], max_new_tokens, ends, skip, exit, temperature)[0]
 
 
 # ---------------------------------------------------------------- the three stages
@@ -235,12 +293,14 @@ class Stage:
 @dataclass
 class Pipeline:
     """A model that answers questions in stages. shots: worked examples before each prompt, of
-    which every text ends at a newline; generated ones then end there, too."""
+    which every text ends at a newline; generated ones then end there, too. static: recorded
+    decoding steps, of `generate_batch`."""
 
     model: Llama
     tokenizer: Tokenizer
     max_new_tokens: int = 64
     shots: str = ""
+    static: dict[tuple[int, int], StaticStep] | None = None
 
     def prompt_ids(self, index: int, question: Question, said: list[list[str]]) -> list[list[int]]:
         prompts = stage_prompts(index, question, said)
@@ -254,10 +314,11 @@ class Pipeline:
         them, are decoded as one batch.
         """
         prompts = [self.prompt_ids(index, *each) for each in zip(questions, said)]
-        last_ids = self.tokenizer.newline_ids if self.shots else set()
-        options = {"skip": skip, "exit": exit, "last_ids": last_ids}
-        eos_ids, groups = self.tokenizer.eos_ids, list(zip(caches, prompts))
-        rows = generate_batch(self.model, groups, self.max_new_tokens, eos_ids, **options)
+        ends = dict.fromkeys(self.tokenizer.eos_ids, False)
+        ends |= dict.fromkeys(self.tokenizer.newline_ids if self.shots else (), True)
+        options = {"skip": skip, "exit": exit, "static": self.static}
+        groups = list(zip(caches, prompts))
+        rows = generate_batch(self.model, groups, self.max_new_tokens, ends, **options)
         stages, rows = [], iter(rows)
         for question_prompts in prompts:
             mine = [next(rows) for _ in question_prompts]
@@ -268,7 +329,7 @@ class Pipeline:
                 texts if index == 2 else [finish(text) for text in texts],
                 stops=[row.stop for row in mine],
                 tokens=sum(len(row.ids) for row in mine),
-                steps=max(row.steps(last_ids) for row in mine),
+                steps=max(row.steps(ends) for row in mine),
                 prompt_tokens=max(map(len, question_prompts)),
                 timings=mine[0].timings.share(len(questions)),
             )
@@ -289,38 +350,8 @@ class Pipeline:
         return [(find_answer(stages[2].texts[0]), stages) for stages in done]
 
 
-# ---------------------------------------------------------------- command
-
-
-def main() -> None:
-    from data.setup import configure, load  # they stand on this module
-
-    flags = (*cli.MODEL_FLAGS, *cli.SEARCH_FLAGS[1:], *cli.METHOD_FLAGS, "--temperature")
-    parser = cli.make_parser(__doc__, *flags)
-    add = parser.add_argument
-    add("text", type=cli.utf8, help="the question, or a text to continue if no choices follow")
-    add("choices", type=cli.utf8, nargs="*", help="the options: they get the labels A, B, ...")
-    args = parser.parse_args()
-    wanted = "expected none, to continue the text, or 2 to 26"
-    expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
-    pipeline, folder = load(args)
-    setting, budgets, exit, _ = configure(args, pipeline, folder)
-    skips = [POLICIES[args.method](setting, budget) for budget in budgets]
-    if not args.choices:
-        exit = exit if args.exit_threshold else None  # by default a plain text just goes on
-        model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
-        ids = tokenizer.encode(args.text)
-        new = generate(model, ids, most, tokenizer.eos_ids, skips[0], exit, args.temperature)
-        print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}]")
-        return
-    labels = tuple(string.ascii_uppercase[: len(args.choices)])
-    question = Question("", args.text, labels, tuple(args.choices), labels[0])
-    label, stages = pipeline.answer([question], skips, exit)[0]
-    for stage in stages:
-        print_stage(stage, labels, 2 * setting.n_layers)
-    option = dict(zip(labels, args.choices)).get(label, "no such option")
-    print(f"answer: {label} ({option})" if label else "answer: none given")
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    from data.ask import main  # they stand on this module
+    from data.cli import run
+
+    run(main)

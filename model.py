@@ -168,11 +168,15 @@ class Linear(nn.Module):
     __call__ = forward
 
     def pack(self) -> None:
-        """Lays a large weight out as oneDNN reads it fastest, and frees the plain one. Does
-        nothing where this build or processor cannot (see `packable`)."""
-        if self.weight.numel() >= PACK_FROM and packable(self.weight):
+        """Lays the weight out as it is read fastest: a large one as oneDNN likes it, freeing the
+        plain one, a small one with its inputs outermost. Nothing changes where `packable` says
+        that this build or processor cannot."""
+        large = self.weight.numel() >= PACK_FROM
+        if large and packable(self.weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.weight = None
+        elif not large and self.weight.dtype == torch.float32:
+            self.weight.data = self.weight.t().contiguous().t()  # a fifth faster, cold
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Views of the parts by their names in a checkpoint."""
@@ -206,22 +210,25 @@ class Attention(nn.Module):
         self.wqkv = Linear(args.dim, qkv, args.attention_bias)
         self.wo = Linear(q_dim, {"o_proj": args.dim}, args.attention_bias)
 
-    def forward(self, x: Tensor, rope, mask, kv, pos) -> Tensor:
+    def forward(self, x: Tensor, rope, mask, kv, slots) -> Tensor:
         bsz, seqlen, _ = x.shape
         heads, kv_heads = self.n_heads, self.n_kv_heads
-        qkv = self.wqkv(x).view(bsz, seqlen, heads + 2 * kv_heads, self.head_dim)
+        qkv = self.wqkv(x).view(bsz, seqlen, -1, self.head_dim)  # heads: q, k and v in turn
         # rotary embedding in place, half-split as in HF: pairs are (i, i + head_dim / 2)
         cos, sin = rope  # (seqlen, 1, head_dim); sin's first half carries rotate_half's minus
         qk = qkv[:, :, : heads + kv_heads]
         rotated = qk.roll(self.head_dim // 2, -1)
         qk.mul_(cos).addcmul_(rotated, sin)
-        q, kv_now = qkv.transpose(1, 2).split((heads, 2 * kv_heads), 1)
+        q, kv_now = qkv[:, :, :heads].transpose(1, 2), qkv[:, :, heads:].transpose(1, 2)
         if kv is not None:
-            kv[:, :, pos : pos + seqlen] = kv_now
-            kv_now = kv[:, :, : pos + seqlen]  # (bsz, 2 * n_kv_heads, end, head_dim)
-        k, v = kv_now.split(kv_heads, 1)
-        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != kv_heads)
-        return self.wo(out.transpose(1, 2).reshape(bsz, seqlen, heads * self.head_dim))
+            kv[:, :, slots] = kv_now
+            kv_now = kv  # (bsz, 2 * n_kv_heads, end, head_dim)
+        k, v = kv_now.chunk(2, 1)
+        if seqlen == 1:  # a KV head's query heads as its queries: it is read once for all of them
+            q = q.reshape(bsz, kv_heads, heads // kv_heads, self.head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != kv_heads)
+        out = out if seqlen == 1 else out.transpose(1, 2)
+        return self.wo(out.reshape(bsz, seqlen, heads * self.head_dim))
 
     __call__ = forward
 
@@ -342,26 +349,30 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (bsz, seqlen, vocab), or (bsz, 1, vocab) of the last token only with `last`.
 
-        tokens: (bsz, seqlen) ids, which stand in the cache's slots pos .. pos + seqlen - 1.
+        tokens: (bsz, seqlen) ids, which stand in the cache's slots pos .. pos + seqlen - 1. A pos
+            that is a tensor (1,) makes every shape independent of it, as a CUDA graph must have
+            it: one token attends to the whole cache, under a mask.
         skip: (n_layers, 2), columns attention and FFN. 0 or False runs a sub-layer, True or 1
             leaves the residual stream as it was, any other number multiplies it (AdaSkip's rho).
         probe: called as probe(layer, sub, before, after), the residual stream (bsz, seqlen, dim)
             around every sub-layer that runs.
         """
-        seqlen = tokens.shape[1]
-        end = pos + seqlen
-        tables = self.rope(torch.arange(end, device=tokens.device)) if cache is None else cache.rope
-        rope = [table[pos:end] for table in tables]
-        pad, mask = cache and cache.pad, None
-        if seqlen > 1 or pad is not None:
-            keys = torch.arange(end, device=tokens.device)
-            mask = keys <= keys[pos:, None]  # (seqlen, end): causal
-        if pad is not None:
-            positions = (keys[pos:] - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
-            rope = [table[positions] for table in tables]
-            hole = keys < pad[:, None, None, None]
-            # a padding token sees itself, so that its softmax has something to normalise
-            mask = (mask & ~hole) | (keys == keys[pos:, None])  # (bsz, 1, seqlen, end)
+        seqlen, static = tokens.shape[1], torch.is_tensor(pos)
+        end = cache.max_len if static else pos + seqlen
+        keys = torch.arange(end, device=tokens.device)
+        slots = pos if static else slice(pos, end)
+        positions, mask, pad = slots, None, cache and cache.pad
+        if seqlen > 1 or static or pad is not None:
+            queries = keys[slots]  # (seqlen,)
+            hidden = keys > queries[:, None]  # (seqlen, end): causal
+            if pad is not None:
+                positions = (queries - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
+                hole = keys < pad[:, None, None, None]
+                # a padding token sees itself, so that its softmax has something to normalise
+                hidden = (hidden | hole) & (keys != queries[:, None])  # (bsz, 1, seqlen, end)
+            mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -math.inf)
+        tables = self.rope(keys) if cache is None else cache.rope
+        rope = [table[positions] for table in tables]
         rows = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
         if len(rows) != len(self.layers):
             raise ValueError(f"skip: expected ({len(self.layers)}, 2), found {tuple(skip.shape)}")
@@ -373,8 +384,8 @@ class Llama(nn.Module):
                     x = x if skipped == 1 else x * skipped
                     continue
                 if sub == 0:
-                    kv = None if cache is None else cache.layers[i]
-                    x = x + layer.attention(layer.attention_norm(x), rope, mask, kv, pos)
+                    kv = None if cache is None else cache.layers[i][:, :, :end]
+                    x = x + layer.attention(layer.attention_norm(x), rope, mask, kv, slots)
                 else:
                     x = x + layer.ffn(layer.ffn_norm(x))
                 if probe is not None:

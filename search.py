@@ -11,25 +11,21 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
     python search.py --out plan.json --epsilon 0.01
 """
 
-import hashlib
 import itertools
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from statistics import mean, median, quantiles
 
 import torch
 
 from data import cli
+from data.plan import journal_of, write_plans
 from data.prompts import STAGES, find_answer
 from data.questions import Question, locate, read_questions
-from data.report import print_plan, print_scan
-from data.setup import IMPORTANCE_QUESTIONS, check_fits, checkpoint_digests, importance_of, load
-from generate import Exit, Pipeline, Stage, prefill
+from data.report import print_full, print_scan
+from data.setup import IMPORTANCE_QUESTIONS, check_fits, importance_of, load
+from generate import Exit, Pipeline, Stage, StaticStep, pick, prefill, read
 from model import InputError, KVCache, Llama, expect
 from skip import Importance, Setting, litestage, rank
 
@@ -57,12 +53,6 @@ def best(trials: list[dict], target: float) -> dict | None:
     return min(meeting, key=lambda t: (t["latency_s"], sum(t["budgets"])), default=None)
 
 
-def with_budget(point: Point, stage: int, budget: int) -> Point:
-    budgets = list(point[0])
-    budgets[stage] = budget
-    return tuple(budgets), point[1]
-
-
 def greedy(
     evaluate: Evaluate, order, budgets, target, thresholds, show: Callable = lambda *_: None
 ) -> Point:
@@ -77,7 +67,8 @@ def greedy(
         if stage is None:
             candidates = [(point[0], threshold) for threshold in sorted(thresholds)]
         else:
-            candidates = [with_budget(point, stage, budget) for budget in budgets]
+            before, after = point[0][:stage], point[0][stage + 1 :]
+            candidates = [((*before, budget, *after), point[1]) for budget in budgets]
         trials = [evaluate(candidate, target) for candidate in candidates]
         chosen = best(trials, target)
         if chosen is not None:
@@ -86,15 +77,16 @@ def greedy(
     return point
 
 
-def refine(evaluate: Evaluate, point: Point, budgets, target: float, deadline: float) -> Point:
+def refine(evaluate: Evaluate, point: Point, budgets, target: float, time_left: Callable) -> Point:
     """Ours: descent from the greedy's point. Tries all points one budget off in any of the stages,
     so that one stage may give what another takes, and goes to the fastest that meets the target,
     until none is faster or time is up."""
     now = evaluate(point, target)
-    while time.monotonic() < deadline:
+    while time_left():
         at = [budgets.index(budget) for budget in point[0]]
         near = itertools.product(*(budgets[max(i - 1, 0) : i + 2] for i in at))
-        chosen = best([evaluate((tried, point[1]), target) for tried in near], target)
+        trials = [evaluate((tried, point[1]), target) for tried in near if time_left()]
+        chosen = best(trials, target)
         if chosen is None or (meets(now, target) and chosen["latency_s"] >= now["latency_s"]):
             break
         now, point = chosen, (tuple(chosen["budgets"]), chosen["threshold"])
@@ -111,18 +103,23 @@ def new_tokens(stages: list[Stage], index: int) -> int:
 
 
 @torch.inference_mode()
-def measure_steps(model: Llama, cache: KVCache, tokens: torch.Tensor, pos: int, masks: list):
-    """(seconds of a decoding step under every mask, their relative noise).
+def measure_steps(model: Llama, cache: KVCache, tokens, pos: int, masks: list, static: bool):
+    """(seconds of a decoding step under every mask, their relative noise); tokens: (bsz,) at pos.
 
     All masks take turns in each of ROUNDS rounds, and each time is divided by that of the first
     mask in the same round, so that a slow minute of the machine does not favour anyone.
     """
-    rounds = []
+    rounds, step = [], StaticStep(model, len(tokens), pos + 1) if static else None
     for _ in range(ROUNDS + 1):
         times = []
         for mask in masks:
+            replay = step and step.load(cache, tokens, pos, mask)
             begin = time.perf_counter()
-            model(tokens, cache, pos, mask)[:, -1].softmax(-1).max(-1).indices.tolist()
+            if step:
+                replay()
+                read(step.tokens, step.confidences)
+            else:
+                read(*pick(model(tokens[:, None], cache, pos, mask)[:, -1]))
             times.append(time.perf_counter() - begin)
         rounds.append(times)
     rounds = rounds[1:]  # the first one warms up
@@ -136,7 +133,7 @@ def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> 
     """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
     budget at a typical question, seconds per prefilled token of every stage, noise."""
     model = pipeline.model
-    importance, answered = importance_of(pipeline, questions)
+    importance, answered = importance_of(pipeline, questions, batch=1)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity)
     masks = [litestage(setting, budget) for budget in range(2 * model.args.n_layers + 1)]
     by_length = sorted(zip(answered, questions), key=lambda a: sum(s.tokens for s in a[0]))
@@ -146,8 +143,9 @@ def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> 
     for index in cli.progress(range(len(STAGES)), "step times"):
         prompts = pipeline.prompt_ids(index, question, said)
         cache, _ = prefill(model, [(KVCache(model, 1, 0), prompts)], 1)
-        tokens = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
-        times = measure_steps(model, cache, tokens, max(map(len, prompts)), masks)
+        tokens = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)
+        pos, static = max(map(len, prompts)), pipeline.static is not None
+        times = measure_steps(model, cache, tokens, pos, masks, static)
         step_s.append(times[0])
         noise.append(times[1])
     token_s = [
@@ -239,7 +237,7 @@ class Evaluator:
 # ---------------------------------------------------------------- command
 
 
-def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float, deadline):
+def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float):
     """(point, trials in their order) for one target, shown as they come in."""
     args, log = evaluator.args, []
     total = len(order) * len(budgets) + len(THRESHOLDS)
@@ -260,7 +258,8 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
         others = () if args.exit_threshold is not None else THRESHOLDS
         point = greedy(evaluate, order, budgets, target, [first, *{*others} - {first}], show)
         if args.refine:
-            start, point = point, refine(evaluate, point, budgets, target, deadline)
+            start, time_left = point, cli.timer(60 * args.refine)
+            point = refine(evaluate, start, budgets, target, time_left)
             gain = evaluator(start, 0.0)["latency_s"] / evaluator(point, 0.0)["latency_s"]
             print(f"\nrefined from {start[0]} to {point[0]}: {gain:.3f}x faster")
     return point, log
@@ -281,15 +280,7 @@ def main() -> None:
     questions = read_questions(file)[: args.limit]
     check_fits(pipeline, questions, file)
 
-    key = {
-        "model": {"name": args.model, **checkpoint_digests(folder)},
-        "data": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "n": len(questions),
-        "settings": [args.granularity, args.exit_window, args.max_new_tokens, args.shots],
-        "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    journal = cli.Journal(Path(f"{args.out}.{digest[:12]}.journal"))
+    journal, key = journal_of(args, pipeline, folder, file, len(questions))
     if not journal.find("measured"):
         few = questions[:IMPORTANCE_QUESTIONS]
         journal.append("key", key)
@@ -300,43 +291,17 @@ def main() -> None:
         raise InputError(f"{journal.path}: not a journal of search.py ({e!r}); delete it") from None
     full = evaluator(FULL, 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
-    print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
-    slowest = ", ".join(f"{STAGES[i]} {1e3 * full['stage_s'][i]:.2f} ms" for i in order)
-    print(f"slowest stage first: {slowest}")
-
-    shared = {
-        "format": 1,
-        "model": key["model"],
-        "data": args.data,
-        "split": "valid",
-        "n": len(questions),
-        "granularity": args.granularity,
-        "ranking": evaluator.setting.ranking,
-        **evaluator.measured,
-        "full": full,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    plans = {}
+    print_full(full, order)
+    found = {}
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
-        target, deadline = full["accuracy"] - epsilon, began + 60 * args.refine
-        budgets = list(range(0, last + 1, args.step))
-        point, log = find_plan(evaluator, order, budgets, target, deadline)
+        budgets, target = list(range(0, last + 1, args.step)), full["accuracy"] - epsilon
+        point, log = find_plan(evaluator, order, budgets, target)
         exit = Exit(args.exit_window, point[1])._asdict() if point[1] else None
         chosen = evaluator(point, 0.0)
-        found = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
-        plans[epsilon] = {**shared, **found, "trials": log}
-    keys = ("epsilon", "budgets", "exit", "chosen")
-    frontier = [{key: plans[epsilon][key] for key in keys} for epsilon in sorted(plans)]
-    for epsilon, plan in plans.items():  # the first one that --epsilon lists is the plan
-        out = args.out
-        if epsilon == args.epsilon[0]:
-            plan["frontier"] = frontier
-        else:
-            out = out.with_name(f"{out.stem}-{epsilon:g}{out.suffix}")
-        print_plan(out, plan)
-        if cli.rank()[0] == 0:
-            cli.write_json(out, plan)
+        own = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
+        found[epsilon] = {**own, "trials": log}
+    write_plans(args, key, evaluator, full, found)
     took = f"{time.monotonic() - began:.0f} s"
     print(f"\n{evaluator.generated} question-stages generated, naively {evaluator.naive}; {took}")
 

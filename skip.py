@@ -208,17 +208,8 @@ POLICIES: dict[str, Callable] = {
 }
 
 
-def main() -> None:
-    from data import cli, report, setup  # the command stands on the modules above
-
-    args = cli.make_parser(__doc__, *cli.MODEL_FLAGS, "--limit", "--granularity").parse_args()
-    pipeline, _ = setup.load(args)
-    questions = setup.validation_questions(args.data)[: args.limit or setup.IMPORTANCE_QUESTIONS]
-    importance, _ = setup.importance_of(pipeline, questions)
-    report.print_importance(importance.similarity, rank(importance.similarity, args.granularity))
-
-
 if __name__ == "__main__":
+    from data.ask import show_importance  # they stand on this module
     from data.cli import run
 
-    run(main)
+    run(show_importance)

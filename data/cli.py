@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import textwrap
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -101,14 +102,25 @@ FLAGS = {
     "--dtype": (None, tuple(DTYPES), None, "to compute in (default: as stored)"),
     "--plan": (None, Path, "FILE", "budgets and exit that search.py found"),
     "--stage-budgets": (None, budgets, "R,A,S", "sub-layers each stage skips, e.g. 2,4,1"),
-    "--method": ("litestage", tuple(POLICIES), "NAME", "one of " + ", ".join(POLICIES)),
+    "--method": (
+        None,
+        tuple(POLICIES),
+        "NAME",
+        f"{', '.join(POLICIES)} (default: litestage; --compare: all)",
+    ),
     "--granularity": (None, ("sublayer", "layer"), None, "what is ranked (default: sublayer)"),
     "--exit-threshold": (None, threshold, "T", "mean confidence that ends a stage; 0: never"),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
     "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
+    "--compile": (False, bool, None, "replay each stage's decoding step as a CUDA graph"),
     "--json": (None, output, "FILE", "write the report there"),
-    "--compare": (False, bool, None, "every method over a range of budgets, and the plan's"),
+    "--compare": (
+        False,
+        bool,
+        None,
+        "every method, or --method, at several budgets, and the plan's",
+    ),
     "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
     "--temperature": (0.0, number, "T", "0 is greedy"),
     "--out": (Path("plan.json"), output, "FILE", "the plan"),
@@ -117,7 +129,8 @@ FLAGS = {
     "--step": (1, positive, "N", "between the budgets that are tried"),
     "--refine": (0.0, number, "MIN", "minutes for trying neighbours of the chosen budgets"),
 }
-MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--max-new-tokens", "--shots")
+MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--compile")
+MODEL_FLAGS += ("--max-new-tokens", "--shots")
 METHOD_FLAGS = ("--plan", "--stage-budgets", "--method")
 SEARCH_FLAGS = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
 
@@ -203,6 +216,12 @@ def interleave(mine: list) -> list:
     """The items of all ranks, where rank k has items k, k + world, ..., in their order."""
     shards = gather(mine)
     return [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
+
+
+def timer(seconds: float) -> Callable[[], bool]:
+    """Tells whether time is left, by the first rank's clock, so that all ranks do the same."""
+    deadline = time.monotonic() + seconds
+    return lambda: gather(time.monotonic() < deadline)[0]
 
 
 def progress(*args, **kwargs) -> tqdm:

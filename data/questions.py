@@ -81,9 +81,7 @@ def parse_lines(raw: bytes, name: str | os.PathLike) -> Iterator[tuple[str, obje
 
 
 def parse_questions(
-    rows: Iterable[tuple[str, object]],
-    name: str | os.PathLike,
-    parse: Callable[[object], Question],
+    rows: Iterable[tuple[str, object]], name: str | os.PathLike, parse: Callable[[object], Question]
 ) -> list[Question]:
     """Questions that `parse` makes of (where it stands, decoded value) pairs, all ids different.
 

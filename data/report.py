@@ -15,6 +15,7 @@ from statistics import mean
 import torch
 
 from data.cli import rank
+from data.prompts import STAGES
 
 Z = 1.959964  # of a 95% interval
 
@@ -161,6 +162,13 @@ def print_report(report: dict) -> None:
     print_differences(runs, report["n"])
     if report["ranks"] > 1 or report["batch"] > 1:
         print(f"latencies: {report['ranks']} processes at once, batches of {report['batch']}")
+
+
+def print_full(full: dict, order: Sequence[int]) -> None:
+    """The full model on the validation questions, and the order in which stages are searched."""
+    slowest = ", ".join(f"{STAGES[i]} {1e3 * full['stage_s'][i]:.2f} ms" for i in order)
+    print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
+    print(f"slowest stage first: {slowest}")
 
 
 def print_scan(title: str, tried: list, trials: list[dict], target: float, chosen, noise: float):

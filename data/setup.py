@@ -4,19 +4,20 @@ python generate.py -h
 """
 
 import argparse
-import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import torch
 
 from data.cli import progress
+from data.plan import check_budgets, read_plan
 from data.prompts import STAGES, worked
 from data.questions import Question, locate, read_questions
 from generate import Exit, Pipeline, Tokenizer
-from model import DTYPES, InputError, Llama, expect, read_json, weight_files
+from model import DTYPES, InputError, Llama, expect, weight_files
 from skip import Importance, Setting, measure_importance, rank
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,10 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     expect(tokenizer.vocab_size <= model.args.vocab_size, f"{folder}: {sizes}")
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
-    return Pipeline(model, tokenizer, args.max_new_tokens, read_shots(args)), folder
+    if args.compile and device.type != "cuda":
+        print("--compile: no CUDA graphs without --device cuda; decoding as usual", file=sys.stderr)
+    static = {} if args.compile and device.type == "cuda" else None
+    return Pipeline(model, tokenizer, args.max_new_tokens, read_shots(args), static), folder
 
 
 def check_memory(folder: Path, device: torch.device) -> None:
@@ -77,79 +81,30 @@ def find_checkpoint(name: str) -> Path:
         ) from None
 
 
-def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
-    """The plan that search.py wrote for this checkpoint. Raises InputError for any other."""
-    plan = read_json(path)
-    expect(plan.get("format") == 1, f"{path}: 'format' must be 1, found {plan.get('format')!r}")
-    try:
-        for key, digest in checkpoint_digests(folder).items():
-            found = plan["model"][key]
-            which = f"its {key} digest is {found!s:.12}, that of {folder} is {digest:.12}"
-            expect(found == digest, f"{path}: a plan of another model: {which}")
-        tables = {k: torch.tensor(v, dtype=torch.float64) for k, v in plan["importance"].items()}
-        for table in tables.values():
-            fits = table.shape == (n_layers, 2) and table.isfinite().all()
-            expect(fits, f"{path}: 'importance' must be {n_layers} x 2 numbers")
-        importance = Importance(**tables)
-        for point in [plan, *plan.get("frontier", [])]:
-            check_budgets(f"{path}: 'budgets'", point["budgets"], n_layers)
-            exit = Exit(**(point["exit"] or {}))
-            fits = type(exit.window) is int and 0 < exit.window < 1 << 31
-            fits = fits and 0 <= exit.threshold <= 1
-            expect(fits, f"{path}: 'exit' must hold a window and a threshold, found {exit}")
-        grained = plan["granularity"] in ("sublayer", "layer")
-        expect(grained, f"{path}: 'granularity' must be sublayer or layer")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: not a plan of search.py ({type(e).__name__}: {e})") from None
-    return plan | {"importance": importance}
-
-
-def checkpoint_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's configuration, weights and tokenizer: what a result belongs to."""
-    folder = Path(folder)
-    files = {
-        "config": [folder / "config.json", folder / "generation_config.json"],
-        "weights": sorted(weight_files(folder)),
-        "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
-    }
-    digests = {}
-    for key, paths in files.items():
-        total = hashlib.sha256()
-        for path in filter(Path.exists, paths):
-            with open(path, "rb") as f:
-                total.update(hashlib.file_digest(f, "sha256").digest())
-        digests[key] = total.hexdigest()
-    return digests
-
-
-def check_budgets(name: str, budgets: list[int], n_layers: int) -> None:
-    """Raises InputError unless there are three budgets, from 0 to 2 x n_layers."""
-    fit = len(budgets) == 3 and all(type(b) is int and 0 <= b <= 2 * n_layers for b in budgets)
-    expect(fit, f"{name} {budgets}: expected three numbers from 0 to {2 * n_layers}, a stage each")
-
-
-def importance_of(pipeline: Pipeline, questions: list[Question]):
-    """(Importance over the questions' three prefills, their stages), written by the full model."""
+def importance_of(pipeline: Pipeline, questions: list[Question], batch: int = 16):
+    """(Importance over the questions' three prefills, their stages), written by the full model,
+    `batch` questions side by side."""
     answered, prompts = [], []
-    for question in progress(questions, "importance"):
-        stages = pipeline.answer([question])[0][1]
+    for start in progress(range(0, len(questions), batch), "importance"):
+        answered += [stages for _, stages in pipeline.answer(questions[start : start + batch])]
+    for question, stages in zip(questions, answered):
         said = [stage.texts for stage in stages]
         rows = [pipeline.prompt_ids(i, question, said)[0] for i in range(len(STAGES))]
         prompts.append([row for row in rows if len(row) <= pipeline.model.args.max_seq_len])
-        answered.append(stages)
     return measure_importance(pipeline.model, prompts), answered
 
 
 def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
-    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets
-    with an importance measured now on validation questions. The demo comes with a plan."""
-    n_layers, plan, path = pipeline.model.args.n_layers, {}, args.plan
-    if path is None and args.stage_budgets is None and args.model == "demo":
-        path = ROOT / "data" / "demo" / "plan.json"
-    if path is not None:
-        plan = read_plan(path, folder, n_layers)
+    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets with an
+    importance measured now on validation questions. The demo comes with a plan, and with the
+    importance that the search measured."""
+    n_layers, plan, importance = pipeline.model.args.n_layers, {}, None
+    if args.plan is not None:
+        plan = read_plan(args.plan, folder, n_layers)
+    elif args.model == "demo":
+        plan = read_plan(ROOT / "data" / "demo" / "plan.json", folder, n_layers)
+        importance = plan["importance"] if args.data == "demo" else None
+        plan = {} if args.stage_budgets else plan
     budgets = args.stage_budgets or plan.get("budgets", [0, 0, 0])
     check_budgets("--stage-budgets", budgets, n_layers)
     exit = Exit(**plan["exit"]) if plan.get("exit") else Exit(threshold=0.0 if plan else 0.5)
@@ -157,7 +112,7 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     if args.exit_threshold is not None:
         exit = exit._replace(threshold=args.exit_threshold)
     granularity = args.granularity or plan.get("granularity", "sublayer")
-    importance = plan.get("importance")
+    importance = plan.get("importance", importance)
     if importance is None and not any(budgets) and not getattr(args, "compare", False):
         importance = Importance(torch.zeros(n_layers, 2), torch.ones(n_layers, 2))  # not needed
     if importance is None:

@@ -1,179 +1,378 @@
-"""How fast the decoder is against the memory's limit, and against transformers where installed.
+"""How fast the decoder is: against the memory's limit, transformers and llama.cpp.
 
-Random weights of a given shape, made in memory. Everything that is compared takes turns in this one
-process, run after run; medians, with the quartiles' spread. Not part of the tests.
+Random weights of a given shape, made in memory; transformers and llama-cpp-python are measured on
+the same weights where they are installed (llama.cpp also needs `gguf`, and reads a temporary file).
+Whatever is compared takes turns in this one process, run after run, after a run that warms up.
+Printed are medians and half the distance of the quartiles. Not part of the tests.
 
-    python -m tests.bench --shape tinyllama --layers 4 --dtype float32
+    python -m tests.bench decoding skipping --shape tinyllama --layers 16 --dtype float32
 """
 
 import os
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import cli  # noqa: E402
-from model import DTYPES, KVCache, Linear, Llama, ModelArgs, read_json  # noqa: E402
+from generate import generate_batch  # noqa: E402
+from model import DTYPES, PACK_FROM, KVCache, Linear, Llama, ModelArgs, expect, read_json  # noqa: E402
 from skip import mask_of  # noqa: E402
 
+HEADS = {"n_heads": 32, "n_kv_heads": 4, "head_dim": 64}
 TINYLLAMA = ModelArgs(
-    dim=2048,
-    n_layers=22,
-    n_heads=32,
-    n_kv_heads=4,
-    head_dim=64,
-    hidden_dim=5632,
-    vocab_size=32000,
-    norm_eps=1e-5,
+    dim=2048, n_layers=22, **HEADS, hidden_dim=5632, vocab_size=32000, norm_eps=1e-5
 )
+CONTEXTS, STEPS, BUDGETS = (64, 512, 2048), 16, (4, 8, 12, 16, 20, 24, 30)
+SLOW = 5  # the most rounds of what takes long: prefill and the stages
+RECALL, ANALYZE, SUMMARIZE = STEPS, STEPS, 8  # tokens that each stage generates
+# Continues a prompt by n tokens: (their ids, seconds of the prefill, seconds of a decoding step).
+Decoder = Callable[[list[int], int], tuple[list[int], float, float]]
 
 
-def shape_of(name: str) -> ModelArgs:
-    """tinyllama, demo, or the configuration in a file."""
-    if name == "tinyllama":
-        return TINYLLAMA
+# ---------------------------------------------------------------- weights
+
+
+def shape_of(name: str, n_layers: int | None) -> ModelArgs:
+    """tinyllama, demo, or the configuration in a file; with room for the longest context."""
     path = ROOT / "data" / "demo" / "model" / "config.json" if name == "demo" else Path(name)
-    return ModelArgs.from_config(read_json(path), path)
+    tiny = name == "tinyllama"
+    args = TINYLLAMA if tiny else ModelArgs.from_config(read_json(path), path)
+    room = max(args.max_seq_len, CONTEXTS[-1] + 2 * STEPS)
+    return replace(args, n_layers=n_layers or args.n_layers, max_seq_len=room)
 
 
-def random_llama(args: ModelArgs, dtype: torch.dtype) -> tuple[Llama, dict]:
-    """A packed model of random weights, and the same weights by their Hugging Face names."""
+def random_llama(args: ModelArgs, dtype, device) -> tuple[Llama, dict[str, Tensor]]:
+    """A packed model of random weights, and the same weights by their Hugging Face names. What
+    could not be packed is one and the same memory."""
     with torch.device("meta"):
         model = Llama(args)
-    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False).eval()
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     state = {}
     for module, named in model.parts():
-        for name, tensor in named.items():
+        for tensor in named.values():
             tensor.normal_(0, 0.02) if tensor.ndim == 2 else tensor.fill_(1)
-            state[name] = tensor.clone()
+        state |= named
         if isinstance(module, Linear):
             module.pack()
     return model, state
 
 
-def alternate(rounds: int, **functions) -> dict[str, tuple[float, float]]:
-    """{name: (median seconds, relative spread of the quartiles)}, the functions taking turns."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            if i > 0:  # the first round warms up
-                times[name].append(time.perf_counter() - begin)
-    return {
-        name: (median(ts), (quantiles(ts)[2] - quantiles(ts)[0]) / median(ts))
-        for name, ts in times.items()
-    }
-
-
-def weights_per_token(args: ModelArgs, dtype: torch.dtype, attention=None, ffn=None) -> int:
+def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:
     """Bytes of weights that a decoding step reads, with that many sub-layers of each kind."""
-    attention = args.n_layers if attention is None else attention
-    ffn = args.n_layers if ffn is None else ffn
-    kv = args.n_kv_heads * args.head_dim
-    per_attention = args.dim * (2 * args.n_heads * args.head_dim + 2 * kv)
+    per_attention = 2 * args.dim * (args.n_heads + args.n_kv_heads) * args.head_dim
     per_ffn = 3 * args.dim * args.hidden_dim
     head = args.vocab_size * args.dim
     return dtype.itemsize * (attention * per_attention + ffn * per_ffn + head)
 
 
-def row(name: str, seconds: float, spread: float, note: str = "") -> None:
-    print(f"{name:<40}{1e3 * seconds:>10.2f} ms  +-{spread / 2:>4.0%}  {note}")
+# ---------------------------------------------------------------- what is compared
+
+
+def ours(model: Llama) -> Decoder:
+    def decode(prompt, n, cache=None, skip=None):
+        cache = cache or KVCache(model, 1, 0)
+        done = generate_batch(model, [(cache, [prompt])], n, skip=skip)[0]
+        return done.ids, done.timings.prefill_s, sum(done.timings.step_s) / max(n - 1, 1)
+
+    return decode
+
+
+class Clock(list):
+    """A streamer for transformers: the times at which it got the prompt, and each token after."""
+
+    def put(self, ids):
+        self.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def transformers_decoder(args: ModelArgs, state: dict[str, Tensor], device) -> Decoder:
+    """LlamaForCausalLM.generate, greedy, on the very tensors of `state`."""
+    import transformers
+
+    values = {f.metadata["key"]: getattr(args, f.name) for f in fields(args) if f.metadata}
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    config = transformers.LlamaConfig(**values, rope_parameters=rope | (args.rope_scaling or {}))
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    with device:  # its rotary table is not a weight, so it would stay on the meta device
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.load_state_dict(state, strict=not args.tied, assign=True)
+    model.tie_weights()
+    model.eval()
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def decode(prompt, n):
+        ids, clock, begin = torch.tensor([prompt], device=device), Clock(), time.perf_counter()
+        mask = torch.ones_like(ids)
+        done = model.generate(ids, attention_mask=mask, max_new_tokens=n, streamer=clock, **greedy)
+        first, last = clock[1], clock[-1]
+        return done[0, len(prompt) :].tolist(), first - begin, (last - first) / max(n - 1, 1)
+
+    return decode
+
+
+def write_gguf(path: Path, args: ModelArgs, state: dict[str, Tensor], dtype) -> None:
+    """The weights in llama.cpp's format, without a vocabulary: only ids go in and out."""
+    import gguf
+
+    stored = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
+    file = gguf.GGUFWriter(path, "llama")
+    heads = {"head_count": args.n_heads, "head_count_kv": args.n_kv_heads}
+    heads |= {"key_length": args.head_dim, "value_length": args.head_dim}
+    numbers = {f"attention.{name}": value for name, value in heads.items()}
+    numbers |= {"rope.dimension_count": args.head_dim, "context_length": args.max_seq_len}
+    numbers |= {"embedding_length": args.dim, "feed_forward_length": args.hidden_dim}
+    numbers |= {"block_count": args.n_layers, "vocab_size": args.vocab_size}
+    for name, value in numbers.items():
+        file.add_uint32(f"llama.{name}", value)
+    file.add_rope_freq_base(args.rope_theta)
+    file.add_layer_norm_rms_eps(args.norm_eps)
+    file.add_tokenizer_model("no_vocab")
+    for name, tensor in state.items():
+        kind = stored if tensor.ndim == 2 else "F32"
+        tensor = tensor if tensor.ndim == 2 else tensor.float()
+        if "q_proj" in name or "k_proj" in name:  # its rotary pairs are neighbours: (2 i, 2 i + 1)
+            halves = tensor.view(-1, 2, args.head_dim // 2, *tensor.shape[1:])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        raw = tensor.contiguous().view(torch.uint8).numpy()
+        file.add_tensor(new_name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def llama_cpp_decoder(path: Path, args: ModelArgs) -> Decoder:
+    """llama.cpp with as many threads as PyTorch."""
+    import llama_cpp
+    import numpy
+
+    n, longest = torch.get_num_threads(), CONTEXTS[-1]
+    sizes = {"n_ctx": longest, "n_batch": longest, "n_threads": n, "n_threads_batch": n}
+    llama = llama_cpp.Llama(str(path), verbose=False, **sizes)
+
+    def greedy(ids):
+        llama.eval(ids)
+        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+        return int(numpy.ctypeslib.as_array(logits, (args.vocab_size,)).argmax())
+
+    def decode(prompt, n):
+        begin = time.perf_counter()
+        llama.reset()
+        ids = [greedy(prompt)]
+        first = time.perf_counter()
+        while len(ids) < n:
+            ids.append(greedy(ids[-1:]))
+        return ids, first - begin, (time.perf_counter() - first) / max(n - 1, 1)
+
+    return decode
+
+
+def others(args: ModelArgs, state: dict[str, Tensor], dtype, device, folder) -> dict[str, Decoder]:
+    """What is installed and can run these weights; a line on what cannot."""
+    found = {}
+    if find_spec("transformers"):
+        found["transformers"] = transformers_decoder(args, state, device)
+    else:
+        print("transformers: not installed, not measured")
+    plain = not (args.rope_scaling or args.attention_bias or args.mlp_bias)
+    if not (find_spec("llama_cpp") and find_spec("gguf")):
+        print("llama.cpp: llama-cpp-python and gguf are not both installed, not measured")
+    elif device.type != "cpu" or not plain:
+        print("llama.cpp: measured only on the CPU and without RoPE scaling or biases")
+    else:
+        path = Path(folder) / "weights.gguf"
+        write_gguf(path, args, state, dtype)
+        found["llama.cpp"] = llama_cpp_decoder(path, args)
+        path.unlink()  # it stays mapped, and goes with this process however that ends
+    return found
+
+
+# ---------------------------------------------------------------- measuring and printing
+
+
+def alternate(title: str, rounds: int, functions: dict[str, Callable], item: int | None = None):
+    """Calls the functions in turns. {name: (median, half the quartiles' distance)} of the seconds
+    that a call takes, or that it says it took, if it returns a tuple with them as that item."""
+    times = {name: [] for name in functions}
+    with cli.progress(total=(rounds + 1) * len(functions), desc=title, delay=2) as bar:
+        for i in range(rounds + 1):
+            for name, function in functions.items():
+                begin = time.perf_counter()
+                result = function()
+                seconds = time.perf_counter() - begin
+                bar.update()
+                if i > 0:  # the first round warms up
+                    times[name].append(result[item] if isinstance(result, tuple) else seconds)
+    print(f"\n{title}")
+    quartiles = {name: quantiles(ts, method="inclusive") for name, ts in times.items()}
+    return {name: (median(times[name]), (q[2] - q[0]) / 2) for name, q in quartiles.items()}
+
+
+def show(name: str, seconds: float, spread: float, note: str = "") -> None:
+    print(f"{name:<26}{1e3 * seconds:>10.2f} ms +-{spread / seconds:>4.0%}  {note}")
+
+
+def describe(name: str, model: Llama, bytes_read: int) -> None:
+    """What is measured, on what, and which products are packed."""
+    dtype, cpu, layers = model.dtype, model.device.type == "cpu", model.args.n_layers
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    plain = [linear.weight.numel() for linear in linears if linear.packed is None]
+    why = f"oneDNN packs no {dtype} on this machine" if cpu else "only on the CPU"
+    why = f"smaller than {PACK_FROM} weights are not" if max(plain, default=0) < PACK_FROM else why
+    kind = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name()
+    print(f"{name}, {layers} layers, {dtype}, {bytes_read / 1e9:.3f} GB a token")
+    print(f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    count = f"{len(linears) - len(plain)} of {len(linears)} products"
+    print(f"packed: {count} ({why})" if plain else f"packed: {count}")
+
+
+# ---------------------------------------------------------------- the measurements
+
+
+def prompt_of(n: int, args: ModelArgs, seed: int = 0) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(args.vocab_size, (n,), generator=draw).tolist()
+
+
+def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
+    """Milliseconds per token at several contexts, as bandwidth and against the others."""
+    args, first, n_new = model.args, CONTEXTS[0], STEPS + 1
+    buffer = torch.zeros(bytes_read // 4, device=model.device)
+    functions = {"plain read of the bytes": lambda: buffer.sum().item()}
+    for n in CONTEXTS:  # a cache that holds the prompt already: of zeros, which cost the same
+        cache, prompt = KVCache(model, 1, n + n_new), prompt_of(n, args)
+        cache.tokens = prompt
+        functions[f"ours, context {n}"] = partial(decoders["ours"], prompt, n_new, cache)
+    prompt = prompt_of(first, args)
+    ids = {name: decode(prompt, n_new)[0] for name, decode in decoders.items()}
+    for name in list(decoders)[1:]:
+        functions[f"{name}, context {first}"] = partial(decoders[name], prompt, n_new)
+    times = alternate(f"decoding, per token ({STEPS} steps a run)", rounds, functions, 2)
+    read, base = times["plain read of the bytes"][0], times[f"ours, context {first}"][0]
+    for name, (seconds, spread) in times.items():
+        rate = f"{bytes_read / seconds / 1e9:5.1f} GB/s, {read / seconds:4.0%} of plain"
+        show(name, seconds, spread, rate)
+    for name in list(decoders)[1:]:
+        ratio = times[f"{name}, context {first}"][0] / base
+        same = [a == b for a, b in zip(ids[name], ids["ours"])] + [False]
+        print(f"{name}: {ratio:.2f}x our time; {same.index(False)} of {n_new} tokens as ours")
+    slot = args.n_layers * 2 * args.n_kv_heads * args.head_dim * model.dtype.itemsize
+    for n in CONTEXTS[1:]:
+        more, ideal = times[f"ours, context {n}"][0] / base - 1, slot * (n - first) / bytes_read
+        print(f"context {first} to {n}: {more:+.1%} time; the cache is {ideal:+.1%} bytes")
+
+
+def measure_skipping(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
+    """The speed-up of skipping k sub-layers, the last first, against the ideal by bytes."""
+    args, decode = model.args, decoders["ours"]
+    prompt = prompt_of(CONTEXTS[0], args)
+    cache = KVCache(model, 1, len(prompt) + STEPS + 1)
+    order = [(layer, sub) for layer in reversed(range(args.n_layers)) for sub in (1, 0)]
+    budgets = [0, *(k for k in BUDGETS if k < len(order))]
+    masks = {k: mask_of(order[:k], args.n_layers) for k in budgets}
+    functions = {
+        f"skip {k}": partial(decode, prompt, STEPS + 1, cache, mask) for k, mask in masks.items()
+    }
+    times = alternate("skipping k sub-layers, per token", rounds, functions, 2)
+    kept = {k: (args.n_layers - mask.sum(0)).tolist() for k, mask in masks.items()}
+    bytes_kept = {k: weights_per_token(args, model.dtype, *kept[k]) for k in budgets}
+    for k in budgets:
+        gained, ideal = times["skip 0"][0] / times[f"skip {k}"][0], bytes_read / bytes_kept[k]
+        note = f"{gained:.2f}x, ideal {ideal:.2f}x: {gained / ideal:.0%}"
+        show(f"skip {k}", *times[f"skip {k}"], note if k else "")
+
+
+def measure_prefill(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
+    """Tokens per second of a prompt, logits of the last token only."""
+    functions = {
+        f"{name}, {n} tokens": partial(decode, prompt_of(n, model.args), 1)
+        for n in CONTEXTS[:2]
+        for name, decode in decoders.items()
+    }
+    times = alternate("prefill", min(rounds, SLOW), functions, 1)
+    for name, (seconds, spread) in times.items():
+        show(name, seconds, spread, f"{int(name.split()[-2]) / seconds:.0f} tokens/s")
+
+
+def three_stages(extend: Callable[[list[list[int]], int], list[list[int]]], ids: list[int]) -> None:
+    """The prompts of one question with four options, as ids: extend(prompts, n) continues each."""
+    question, cues, labels = ids[:50], ids[50:60], ids[60:64]
+    recall = question + cues[:4]
+    analyze = recall + extend([recall], RECALL)[0] + cues[4:8]
+    said = extend([[*analyze, label] for label in labels], ANALYZE)
+    thoughts = [i for label, new in zip(labels, said) for i in (label, *new)]
+    extend([analyze + thoughts + cues[8:]], SUMMARIZE)
+
+
+def measure_stages(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
+    """One question in three stages: ours reuses prefixes and decodes the four options as a batch;
+    the straightforward pipeline calls generate six times, each time prefilling anew."""
+    ids = prompt_of(64, model.args)
+
+    def together(cache):
+        return lambda prompts, n: [g.ids for g in generate_batch(model, [(cache, prompts)], n)]
+
+    def alone(decode):
+        return lambda prompts, n: [decode(prompt, n)[0] for prompt in prompts]
+
+    functions = {"ours": lambda: three_stages(together(KVCache(model, 1, 0)), ids)}
+    for name, decode in decoders.items():
+        functions[f"{name}, six calls"] = partial(three_stages, alone(decode), ids)
+    title = f"one question of three stages: {RECALL} + 4 x {ANALYZE} + {SUMMARIZE} tokens"
+    times = alternate(title, min(rounds, SLOW), functions)
+    for name, (seconds, spread) in times.items():
+        show(name, seconds, spread, f"{seconds / times['ours'][0]:.2f}x")
+
+
+MEASURES = {
+    "decoding": measure_decoding,
+    "skipping": measure_skipping,
+    "prefill": measure_prefill,
+    "stages": measure_stages,
+}
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = cli.make_parser(__doc__, "--dtype", "--limit")
+    parser = cli.make_parser(__doc__, "--dtype", "--device", "--seed")
     parser.add_argument("--shape", default="tinyllama", help="tinyllama, demo or a config.json")
     parser.add_argument("--layers", type=cli.positive, help="fewer layers of the same width")
     parser.add_argument("--rounds", type=cli.positive, default=9, help="(default: %(default)s)")
+    parser.add_argument("parts", nargs="*", help=f"what to measure (default: {' '.join(MEASURES)})")
     options = parser.parse_args()
-    args = shape_of(options.shape)
-    args = replace(args, n_layers=options.layers or args.n_layers)
-    dtype = DTYPES[options.dtype or "bfloat16"]
-    model, state = random_llama(args, dtype)
-    bytes_read = weights_per_token(args, dtype)
-    packed = any(isinstance(m, Linear) and m.packed is not None for m in model.modules())
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(
-        f"{options.shape}, {args.n_layers} layers, {dtype}, {bytes_read / 1e9:.3f} GB a token, "
-        f"{torch.get_num_threads()} threads, {capability}, packed: {packed}\n"
-    )
-
-    buffer = torch.zeros(bytes_read // 4)  # a plain read of as many bytes, by PyTorch's own sum
-    caches = {n: KVCache(model, 1, n + 1) for n in (64, 512, 2048) if n < args.max_seq_len}
-    token = torch.tensor([[1]])
-
-    def step(n, skip=None, rows=1):
-        return lambda: model(token.expand(rows, 1), caches[n], n, skip)[:, -1].argmax(-1).tolist()
-
-    functions = {"plain read of the same bytes": lambda: buffer.sum().item()}
-    functions |= {f"decode, context {n}": step(n) for n in caches}
-    try:
-        import transformers
-    except ImportError:
-        print("transformers is not installed: not measured")
-    else:
-        config = transformers.LlamaConfig(
-            hidden_size=args.dim,
-            intermediate_size=args.hidden_dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.n_kv_heads,
-            head_dim=args.head_dim,
-            vocab_size=args.vocab_size,
-            max_position_embeddings=args.max_seq_len,
-            tie_word_embeddings=args.tied,
-            dtype=dtype,
-        )
-        theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
-        theirs.load_state_dict(state, strict=not args.tied)
-        prompt = torch.ones(1, 64, dtype=torch.long)
-        flags = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-        def generate(n):
-            return lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, **flags)
-
-        # decoding is the difference of a long and a short generation
-        functions |= {"transformers, 1 token": generate(1), "transformers, 17": generate(17)}
-    state.clear()
-    times = alternate(options.rounds, **functions)
-    read = times["plain read of the same bytes"][0]
-    for name, (seconds, spread) in times.items():
-        share = f"{bytes_read / seconds / 1e9:6.1f} GB/s, {read / seconds:4.0%} of a plain read"
-        row(name, seconds, spread, "" if "transformers" in name else share)
-    if "transformers, 17" in times:
-        per_token = (times["transformers, 17"][0] - times["transformers, 1 token"][0]) / 16
-        ours = times["decode, context 64"][0]
-        print(
-            f"transformers generate: {1e3 * per_token:.2f} ms a token, {per_token / ours:.2f}x ours"
-        )
-
-    print("\nskipping k sub-layers, the last first, against the ideal by bytes")
-    budgets = [k for k in (4, 8, 16, 24, 30) if k < 2 * args.n_layers]
-    order = [(layer, sub) for layer in reversed(range(args.n_layers)) for sub in (1, 0)]
-    masks = {k: mask_of(order[:k], args.n_layers) for k in (0, *budgets)}
-    times = alternate(options.rounds, **{str(k): step(64, mask) for k, mask in masks.items()})
-    for k in budgets:
-        kept = args.n_layers - masks[k].sum(0)
-        ideal = bytes_read / weights_per_token(args, dtype, int(kept[0]), int(kept[1]))
-        gained = times["0"][0] / times[str(k)][0]
-        note = f"{gained:.2f}x, ideal {ideal:.2f}x, {gained / ideal:.0%} of it"
-        row(f"skip {k}", *times[str(k)], note)
-
-    prompts = {n: torch.ones(1, n, dtype=torch.long) for n in caches}
-    functions = {
-        str(n): lambda n=n: model(prompts[n], KVCache(model, 1, n), 0, last=True) for n in prompts
-    }
-    print("\nprefill")
-    for name, (seconds, spread) in alternate(3, **functions).items():
-        row(f"{name} tokens", seconds, spread, f"{int(name) / seconds:.0f} tokens/s")
+    parts = options.parts or list(MEASURES)
+    expect(set(parts) <= set(MEASURES), f"parts: expected some of {', '.join(MEASURES)}")
+    cuda = torch.cuda.is_available()
+    known = options.device == "cpu" or (cuda and options.device.startswith("cuda"))
+    expect(known, f"--device: no such device here, found {options.device!r}")
+    args = shape_of(options.shape, options.layers)
+    dtype, device = DTYPES[options.dtype or "bfloat16"], torch.device(options.device)
+    torch.manual_seed(options.seed)
+    bytes_read = weights_per_token(args, dtype, args.n_layers, args.n_layers)
+    with tempfile.TemporaryDirectory() as folder:
+        model, state = random_llama(args, dtype, device)
+        describe(options.shape, model, bytes_read)
+        decoders = {"ours": ours(model), **others(args, state, dtype, device, folder)}
+        del state
+        for part in parts:
+            MEASURES[part](model, decoders, bytes_read, max(options.rounds, 2))
 
 
 if __name__ == "__main__":

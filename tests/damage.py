@@ -103,9 +103,12 @@ class Done(NamedTuple):
     err: str
 
 
+MAINS = {"generate": "data.ask"}  # where a command's main is, if not in the module it is called by
+
+
 def command(name: str, *argv: str) -> Done:
     """Runs eval, search or generate in this process; an exception that escapes goes on."""
-    main = importlib.import_module(name).main
+    main = importlib.import_module(MAINS.get(name, name)).main
     out, err, status = io.StringIO(), io.StringIO(), 0
     streams = redirect_stdout(out), redirect_stderr(err)
     with streams[0], streams[1], mock.patch.object(sys, "argv", [f"{name}.py", *argv]):
@@ -126,7 +129,7 @@ def in_child(name: str, argv: tuple, before: str, env: dict, folder: str) -> Non
     os.environ.update(env)
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT), number)
-    main, sys.argv = importlib.import_module(name).main, [f"{name}.py", *argv]
+    main, sys.argv = importlib.import_module(MAINS.get(name, name)).main, [f"{name}.py", *argv]
     exec(before, {})
     cli.run(main)
 
@@ -141,24 +144,27 @@ def forked(name: str, *argv: str, before: str = "", env: dict | None = None) -> 
         given = name, argv, before, env or {}, folder
         process = FORKS.Process(target=in_child, args=given)
         process.start()
-        process.join(120)
-        assert process.exitcode is not None, "it hangs"
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{name} {argv}: it hangs")
         out, err = (Path(folder, stream).read_text() for stream in ("out", "err"))
         return Done(process.exitcode, out, err)
 
 
 def start(name: str, *argv: str, before: str = "", **options) -> subprocess.Popen:
     """Starts the same command as a user does; `before` is code that runs first."""
-    code = f"import {name}; from data import cli; import sys; sys.argv[0] = '{name}.py'; {before}"
+    module = MAINS.get(name, name)
+    code = f"import {module}; from data import cli; import sys; sys.argv[0] = '{name}.py'; {before}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    given = [sys.executable, "-c", f"{code}\ncli.run({name}.main)", *argv]
+    given = [sys.executable, "-c", f"{code}\ncli.run({module}.main)", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen(given, **(pipes | {"env": env} | options))
 
 
 def finish(process: subprocess.Popen) -> Done:
     """Waits for a started command."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return Done(process.returncode, out, err)
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from damage import question, write_questions
 
 import eval as evaluation
@@ -20,7 +21,8 @@ def reported(tmp_path, folder, monkeypatch, capsys):
         limits = ["--limit", "5", "--max-new-tokens", "4", "--json", str(out)]
         monkeypatch.setattr("sys.argv", ["eval.py", *base, *limits, *flags])
         evaluation.main()
-        return json.loads(out.read_text()), capsys.readouterr().out
+        captured = capsys.readouterr()
+        return json.loads(out.read_text()), captured.out + captured.err
 
     return run
 
@@ -98,3 +100,17 @@ def test_compare_runs_every_method(reported):
     assert {"full", "unified", "skipdecode", "early-exit", "adaskip", "random"} <= methods
     assert report["runs"][0]["method"] == "full"
     assert not [line for line in printed.splitlines() if len(line) > 80]
+
+
+def test_compare_of_one_method_runs_that_alone(reported):
+    report, _ = reported("--compare", "--method", "unified", "--limit", "2")
+    assert {r["method"] for r in report["runs"]} == {"full", "unified"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_compile_without_a_gpu_says_so_and_changes_nothing(reported):
+    plain, _ = reported("--stage-budgets", "1,2,1")
+    compiled, printed = reported("--stage-budgets", "1,2,1", "--compile")
+    assert "--compile: no CUDA graphs" in printed
+    for a, b in zip(plain["runs"], compiled["runs"]):
+        assert [s["tokens"] for s in a["stages"]] == [s["tokens"] for s in b["stages"]]

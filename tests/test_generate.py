@@ -262,7 +262,7 @@ def test_confidence_exit_at_the_threshold_itself(make_chain):
 
 
 def test_a_last_token_ends_a_text_and_belongs_to_it(make_chain):
-    found = batch(make_chain(COUNT), [[3], [6]], 20, {5}, last_ids={8})
+    found = batch(make_chain(COUNT), [[3], [6]], 20, {5: False, 8: True})
     assert [row[:2] for row in found] == [([4], "eos"), ([7, 8], "eos")]
 
 
@@ -372,7 +372,7 @@ def test_a_rows_tokens_do_not_depend_on_the_other_rows(llama, skip, order):
     alone = [generate(llama, prompt, 12, skip=skip).ids for prompt in PROMPTS]
     eos = {alone[0][4], alone[2][7], alone[3][1]}
     expected = [generate(llama, PROMPTS[i], 12, eos, skip)[:2] for i in order]
-    found = batch(llama, [PROMPTS[i] for i in order], 12, eos, skip)
+    found = batch(llama, [PROMPTS[i] for i in order], 12, dict.fromkeys(eos, False), skip)
     assert [row[:2] for row in found] == expected
     assert len({len(ids) for ids, _ in expected}) > 1 or len(order) < 3
 
@@ -405,16 +405,47 @@ def test_groups_of_any_kind_go_side_by_side(llama, groups):
         assert [row[:2] for row in found] == expected
 
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 1, 2), (3,)])
+def test_static_steps_decode_the_same_tokens(folder, order, device):
+    """What --compile records: the same tokens as steps of growing caches and shrinking batches, for
+    one skip set after the other on the same tensors; a cached step is found again."""
+    llama = Llama.from_pretrained(folder, device)
+    rows, static = [PROMPTS[i] for i in order], {}
+    alone = [generate(llama, prompt, 12).ids for prompt in PROMPTS]
+    ends = dict.fromkeys({alone[0][4], alone[2][7], alone[3][1]}, False)
+    for skip in (*SKIPS, None, *SKIPS):
+        expected = batch(llama, rows, 12, ends, skip, Exit(3, 0.005))
+        found = batch(llama, rows, 12, ends, skip, Exit(3, 0.005), static=static)
+        assert [row[:2] for row in found] == [row[:2] for row in expected]
+        assert len(found[0].timings.step_s) == len(expected[0].timings.step_s)
+    assert list(static) == [(len(order), 256)]
+    assert len(static[len(order), 256].recorded) == 1 + len(SKIPS)
+
+
+def test_a_skip_set_that_changes_from_step_to_step_is_not_recorded(llama):
+    def skip(step):
+        return mask_of([(0, 0), (1, 1), (2, 0)][: step // 3], 3)
+
+    static = {}
+    expected = batch(llama, PROMPTS, 12, skip=skip)
+    found = batch(llama, PROMPTS, 12, skip=skip, static=static)
+    assert [row.ids for row in found] == [row.ids for row in expected] and not static
+
+
 def test_finished_rows_leave_the_batch(make_chain, calls):
     llama = make_chain(COUNT)
-    found = batch(llama, [[9], [5], [7]], 20, {11})
+    found = batch(llama, [[9], [5], [7]], 20, {11: False})
     assert [row.ids for row in found] == [[10], [6, 7, 8, 9, 10], [8, 9, 10]]
     assert [bsz for bsz, seqlen, _ in calls] == [3, 3, 2, 2, 1, 1], "a prefill and five steps"
 
 
 def test_each_row_has_its_own_exit_and_its_own_context(make_chain):
     llama = make_chain(UNSURE, max_position_embeddings=10)
-    found = batch(llama, [[0], [5], [6] * 8, [6] * 11], 9, {8}, exit=Exit(2, 0.56))
+    found = batch(llama, [[0], [5], [6] * 8, [6] * 11], 9, {8: False}, exit=Exit(2, 0.56))
     assert [row[:2] for row in found] == [
         ([1, 2, 3], "confidence"),
         ([6, 7], "eos"),

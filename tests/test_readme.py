@@ -64,7 +64,8 @@ def test_model_py_imports_nothing_of_ours():
 def test_the_fork_example_is_short_and_runs(folder, tmp_path):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     assert len(example.splitlines()) < 20
-    fork = (ROOT / "skip.py").read_text().replace("def main()", f"{example}\n\ndef main()")
+    end = 'if __name__ == "__main__":'
+    fork = (ROOT / "skip.py").read_text().replace(end, f"{example}\n\n{end}")
     (tmp_path / "skip.py").write_text(fork)
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]; import torch; from skip import *;"

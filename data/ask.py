@@ -1,0 +1,53 @@
+"""The commands of generate.py, which answers one question, and of skip.py, which ranks.
+
+python generate.py "What can fly?" robin trout oak shovel --stage-budgets 2,4,1
+"""
+
+import string
+
+import generate
+import skip
+from data import cli, report
+from data.questions import Question
+from data.setup import IMPORTANCE_QUESTIONS, configure, importance_of, load, validation_questions
+from model import expect
+from skip import POLICIES
+
+
+def main() -> None:
+    """Answers one question and shows each stage, or continues a text."""
+    flags = (*cli.MODEL_FLAGS, *cli.SEARCH_FLAGS[1:], *cli.METHOD_FLAGS, "--temperature")
+    parser = cli.make_parser(generate.__doc__, *flags)
+    add = parser.add_argument
+    add("text", type=cli.utf8, help="the question, or a text to continue if no choices follow")
+    add("choices", type=cli.utf8, nargs="*", help="the options: they get the labels A, B, ...")
+    args = parser.parse_args()
+    wanted = "expected none, to continue the text, or 2 to 26"
+    expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
+    pipeline, folder = load(args)
+    setting, budgets, exit, _ = configure(args, pipeline, folder)
+    skips = [POLICIES[args.method or "litestage"](setting, budget) for budget in budgets]
+    if not args.choices:
+        exit = exit if args.exit_threshold else None  # by default a plain text just goes on
+        model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
+        ids, ends = tokenizer.encode(args.text), tokenizer.eos_ids
+        new = generate.generate(model, ids, most, ends, skips[0], exit, args.temperature)
+        print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}]")
+        return
+    labels = tuple(string.ascii_uppercase[: len(args.choices)])
+    question = Question("", args.text, labels, tuple(args.choices), labels[0])
+    label, stages = pipeline.answer([question], skips, exit)[0]
+    for stage in stages:
+        report.print_stage(stage, labels, 2 * setting.n_layers)
+    option = dict(zip(labels, args.choices)).get(label, "no such option")
+    print(f"answer: {label} ({option})" if label else "answer: none given")
+
+
+def show_importance() -> None:
+    """Prints the similarity of every sub-layer, and the ranking."""
+    args = cli.make_parser(skip.__doc__, *cli.MODEL_FLAGS, "--limit", "--granularity").parse_args()
+    pipeline, _ = load(args)
+    questions = validation_questions(args.data)[: args.limit or IMPORTANCE_QUESTIONS]
+    importance, _ = importance_of(pipeline, questions)
+    ranking = skip.rank(importance.similarity, args.granularity)
+    report.print_importance(importance.similarity, ranking)
