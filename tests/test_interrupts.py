@@ -362,7 +362,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback_and_the_report_is_written(
     flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
     process = start("eval", *flags, stdout=write)
     os.close(write)
-    assert process.communicate(timeout=120)[1] == ""
+    assert process.communicate(timeout=300)[1] == ""
     assert json.loads((files / "report.json").read_text())["n"] == 2
 
 
