@@ -671,6 +671,31 @@ def test_worked_examples_go_before_every_prompt(llama, tokenizer):
     assert not any("\n" in text for stage in stages for text in stage.texts)
 
 
+@pytest.mark.parametrize("index, said", [(0, []), (1, [["A."]]), (2, [["A."], list("vwxyz")])])
+def test_after_worked_examples_a_stage_ends_with_its_line(
+    llama, tokenizer, monkeypatch, index, said
+):
+    """At the newline, not at the most tokens; without examples it goes on behind it."""
+    ids = tokenizer.encode(" Hen.\nQuiz", bos=False)
+    line = tokenizer.encode(" Hen.\n", bos=False)
+    assert ids[: len(line)] == line and len(set(ids)) == len(ids)
+    following = dict(zip(ids, ids[1:] + [1]))  # then the end token
+
+    def forward(self, tokens, *args, **kwargs):
+        nexts = [following.get(last, ids[0]) for last in tokens[:, -1].tolist()]
+        return 9.0 * torch.nn.functional.one_hot(torch.tensor(nexts), 320)[:, None].float()
+
+    monkeypatch.setattr(Llama, "forward", forward)
+    rows = len(SOUP.options) if index == 1 else 1
+    for shots, text, n in (("Hens lay.\n\n", "Hen.", len(line)), ("", "Hen.\nQuiz", len(ids))):
+        pipeline = Pipeline(llama, tokenizer, 30, shots)
+        (stage,) = pipeline.run_stage(index, [SOUP], [said], [KVCache(llama, 1, 0)])
+        assert [found.strip().removesuffix(".") for found in stage.texts] == [
+            text.removesuffix(".")
+        ] * rows
+        assert stage.stops == ["eos"] * rows and stage.tokens == n * rows
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("budget", [0, 2, 3, 6])
 def test_no_policy_ever_reads_a_hole(llama, tokenizer, name, budget):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -17,16 +18,17 @@ from unittest import mock
 import pytest
 from damage import (
     REPORT,
+    ROOT,
     command,
     edit_json,
     edit_tensors,
     eval_flags,
     finish,
+    forked,
     make_good,
     make_model,
     one_line,
     question,
-    read_untimed,
     search_flags,
     snapshot,
     start,
@@ -36,24 +38,41 @@ from damage import (
 )
 
 MANY = 24  # questions, so that a search has more than one batch of them
+QUICK = ("--limit", "6", "--step", "4")  # one batch, few trials
 # a few tokens and an exit that sometimes happens, so that texts of a batch end at different steps
 VARIED = ("--max-new-tokens", "6", "--exit-window", "2", "--exit-threshold", "0.25")
 
-# Code for a process of its own: a signal to itself in the middle of its n-th forward.
-AT_FORWARD = """
-import itertools, os, signal, model
-forward, calls = model.Llama.forward, itertools.count(1)
+# Code for a process of its own: a signal to itself in the middle of its n-th forward after it has
+# appended so many lines to the journal, or (n = 0) half-way through writing the next line.
+SIGNALLED = """
+import os, signal, model, search
+from data import cli
+search.ROUNDS = 2  # how fast a step is does not matter here
+forward, append, lines, calls = model.Llama.forward, cli.Journal.append, 0, 0
 def counted(*args, **more):
-    if next(calls) == {n}:
+    global calls
+    calls += lines >= {lines}
+    if {n} and calls == {n}:
         os.kill(os.getpid(), signal.{signal})
     return forward(*args, **more)
-model.Llama.forward = counted
+def appended(self, *args):
+    global lines
+    if not {n} and lines == {lines}:
+        file = self.file
+        class Half:
+            def write(_, raw):
+                file.write(raw[: len(raw) // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.{signal})
+        self.file = Half()
+    append(self, *args)
+    lines += 1
+model.Llama.forward, cli.Journal.append = counted, appended
 """
-QUICK = "import search; search.ROUNDS = 2\n"  # how fast a step is does not matter here
 
 
-def at_forward(n: int, signal: str) -> str:
-    return QUICK + AT_FORWARD.format(n=n, signal=signal)
+def signalled(signal: str, n: int, lines: int = 0) -> str:
+    return SIGNALLED.format(signal=signal, n=n, lines=lines)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +88,30 @@ def good(tmp_path_factory) -> Path:
 def files(good, tmp_path) -> Path:
     """Good files, a report and a plan from before, and no journal."""
     return Path(shutil.copytree(good, tmp_path / "files"))
+
+
+@pytest.fixture
+def eight(files) -> Path:
+    """The same with fewer questions, for what is run several times."""
+    write_questions(files / "questions.jsonl", [question(i) for i in range(8)])
+    return files
+
+
+@pytest.fixture(scope="module")
+def place(good, tmp_path_factory) -> Path:
+    """A folder with `kept`: the good files after a search in `known`."""
+    place = tmp_path_factory.mktemp("searched")
+    shutil.copytree(good, place / "known")
+    assert search_here(place / "known", *QUICK).status == 0
+    shutil.copytree(place / "known", place / "kept")
+    return place
+
+
+@pytest.fixture
+def known(place) -> Path:
+    """Good files, and the plan and the journal of a search where they lie."""
+    shutil.rmtree(place / "known")
+    return Path(shutil.copytree(place / "kept", place / "known"))
 
 
 def search_here(folder: Path, *more: str):
@@ -123,19 +166,19 @@ def plan_of(folder: Path) -> dict:
 # ---------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("name, n", [("eval", 40), ("search", 900), ("generate", 9)])
-def test_ctrl_c_says_one_line_and_leaves_the_files_as_they_were(name, n, files):
+@pytest.mark.parametrize("name, n, lines", [("eval", 40, 0), ("search", 3, 5), ("generate", 9, 0)])
+def test_ctrl_c_says_one_line_and_leaves_the_files_as_they_were(name, n, lines, files):
     flags = {
         "eval": eval_flags(files, "--stage-budgets", "1,1,1"),
-        "search": search_flags(files),
+        "search": search_flags(files, *QUICK),
         "generate": [*eval_flags(files)[:4], "Which?", "this", "that"],
     }
     before = snapshot(files)
-    done = finish(start(name, *flags[name], before=at_forward(n, "SIGINT")))
+    done = forked(name, *flags[name], before=signalled("SIGINT", n, lines))
     assert (done.status, done.err) == (130, "interrupted\n")
     after = snapshot(files)
     for journal in journals(files):
-        assert name == "search" and trials(journal)
+        assert name == "search" and len(trials(journal)) == 3
         del after[journal.name]
     assert after == before
 
@@ -148,7 +191,7 @@ os.replace = lambda *args: (os.kill(os.getpid(), signal.SIGINT), replace(*args))
 """
     before = snapshot(files)
     flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "1")
-    done = finish(start("eval", *flags, before=slow))
+    done = forked("eval", *flags, before=slow)
     assert (done.status, done.err) == (130, "interrupted\n")
     assert snapshot(files) == before
 
@@ -156,16 +199,22 @@ os.replace = lambda *args: (os.kill(os.getpid(), signal.SIGINT), replace(*args))
 # ---------------------------------------------------------------- killed searches
 
 
-def test_a_search_killed_again_and_again_ends_with_the_undisturbed_plan(files):
+def test_a_search_killed_ten_times_ends_with_the_undisturbed_plan(files):
+    """At random moments: while it measures, in a trial, half-way through a line of the journal."""
     (files / "plan.json").unlink()
     rng, kept = random.Random(7), b""
-    for n in [20, rng.randrange(600, 800), *(rng.randrange(60, 250) for _ in range(3))]:
-        done = finish(start("search", *search_flags(files), before=at_forward(n, "SIGKILL")))
-        assert done.status == -9 and done.err == "", done
+    moments = [(1, 20), (1, 0), (2, 5)]  # while it measures, writes that down, in the first trial
+    moments += [(rng.randrange(2), rng.choice((0, rng.randrange(1, 40)))) for _ in range(7)]
+    for lines, n in moments:
+        done = forked("search", *search_flags(files), before=signalled("SIGKILL", n, lines))
+        assert (done.status, done.err) == (-9, ""), done
         raw = journals(files)[0].read_bytes()
-        assert raw.startswith(kept), "what was finished before stays"
-        kept = raw
-    assert len(trials(journals(files)[0])) > 3, "the killed searches got somewhere"
+        whole = raw[: raw.rfind(b"\n") + 1]
+        assert whole.startswith(kept), "what was finished before stays"
+        assert (raw != whole) == (n == 0), "half a line is there if it was being written"
+        assert whole.count(b"\n") >= kept.count(b"\n") + lines
+        kept = whole
+    assert kept.count(b'{"trial"') > 2, "the killed searches got somewhere"
     assert not (files / "plan.json").exists()
     assert search_here(files).status == 0
     (journal,) = journals(files)
@@ -174,16 +223,16 @@ def test_a_search_killed_again_and_again_ends_with_the_undisturbed_plan(files):
     assert plan_of(files) == undisturbed_plan(files, journal)
 
 
-def test_a_torn_last_line_of_the_journal_is_dropped_wherever_it_is_torn(files):
-    (journal,) = searched(files, "--step", "2")
-    raw, plan = journal.read_bytes(), plan_of(files)
+def test_a_torn_last_line_of_the_journal_is_dropped_wherever_it_is_torn(known):
+    (journal,) = journals(known)
+    raw, plan = journal.read_bytes(), plan_of(known)
     first = raw.index(b'{"trial"')
     for cut in [first, len(raw) - 1, *random.Random(1).choices(range(first, len(raw)), k=4)]:
         journal.write_bytes(raw[:cut])
-        (files / "plan.json").unlink()
-        assert search_here(files, "--step", "2").status == 0
+        (known / "plan.json").unlink()
+        assert search_here(known, *QUICK).status == 0
         assert journal.read_bytes() == raw, "the same trials again, from the torn line on"
-        assert plan_of(files) == plan
+        assert plan_of(known) == plan
 
 
 CHANGES = {
@@ -198,7 +247,7 @@ CHANGES = {
     "questions": lambda f: write_questions(
         f / "questions.jsonl", [question(i + 1) for i in range(MANY)]
     ),
-    "one question fewer": ("--limit", str(MANY - 1)),
+    "one question fewer": ("--limit", "5"),
     "longer texts": ("--max-new-tokens", "4"),
     "another window": ("--exit-window", "3"),
     "whole layers": ("--granularity", "layer"),
@@ -207,23 +256,22 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_search_of_something_else_takes_no_trial_from_the_journal(change, files):
-    searched(files, "--step", "4")
-    before = snapshot(files)
+def test_a_search_of_something_else_takes_no_trial_from_the_journal(change, known):
+    before = snapshot(known)
     flags = change if isinstance(change, tuple) else ()
     if not flags:
-        change(files)
-    assert search_here(files, "--step", "4", *flags).status == 0
-    new = [path for path in journals(files) if path.name not in before]
+        change(known)
+    assert search_here(known, *QUICK, *flags).status == 0
+    new = [path for path in journals(known) if path.name not in before]
     assert len(new) == 1 and len(trials(new[0])) > 3
-    (old,) = [path for path in journals(files) if path.name in before]
+    (old,) = [path for path in journals(known) if path.name in before]
     assert old.read_bytes() == before[old.name]
 
 
 def test_another_target_takes_the_trials_from_the_journal(files):
-    (journal,) = searched(files, "--step", "2", "--epsilon", "0.5")
+    (journal,) = searched(files, "--step", "3", "--epsilon", "0.5")
     raw = journal.read_bytes()
-    assert search_here(files, "--step", "2", "--epsilon", "0.1,0.5").status == 0
+    assert search_here(files, "--step", "3", "--epsilon", "0.1,0.5").status == 0
     assert journals(files) == [journal] and journal.read_bytes().startswith(raw)
     assert_none_repeated(journal)
 
@@ -272,29 +320,29 @@ def test_a_plan_that_cannot_be_written_costs_no_trial(files):
     old = (files / "plan.json").read_bytes()
     failed = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("os.replace", side_effect=failed):
-        line = one_line(search_here(files, "--step", "3")._replace(out=""))
+        line = one_line(search_here(files, *QUICK)._replace(out=""))
     assert f"{files}/plan.json: cannot be written (No space left on device)" in line
     assert (files / "plan.json").read_bytes() == old
     (journal,) = journals(files)
     raw = journal.read_bytes()
-    assert search_here(files, "--step", "3").status == 0
+    assert search_here(files, *QUICK).status == 0
     assert journal.read_bytes() == raw, "the second search only writes the plan"
     assert not list(files.glob("*.tmp"))
 
 
-def test_a_journal_on_a_full_disk_stops_the_search_and_is_resumed(files):
-    (journal,) = searched(files, "--step", "3")
-    lines, old = journal.read_bytes().splitlines(keepends=True), (files / "plan.json").read_bytes()
+def test_a_journal_on_a_full_disk_stops_the_search_and_is_resumed(known):
+    (journal,) = journals(known)
+    lines, old = journal.read_bytes().splitlines(keepends=True), (known / "plan.json").read_bytes()
     whole = b"".join(lines[:4])  # key, measured, two trials
     journal.write_bytes(whole)
     with full_disk(len(whole) + 50):
-        line = one_line(search_here(files, "--step", "3")._replace(out=""))
+        line = one_line(search_here(known, *QUICK)._replace(out=""))
     assert f"{journal}: cannot be written" in line
     assert journal.read_bytes() == whole + lines[4][:50], "the next line is torn"
-    assert (files / "plan.json").read_bytes() == old
-    assert search_here(files, "--step", "3").status == 0
+    assert (known / "plan.json").read_bytes() == old
+    assert search_here(known, *QUICK).status == 0
     assert journal.read_bytes() == b"".join(lines)
-    assert (files / "plan.json").read_bytes() == old
+    assert (known / "plan.json").read_bytes() == old
 
 
 def test_a_journal_that_cannot_be_opened_is_refused_before_any_work(files):
@@ -314,7 +362,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback_and_the_report_is_written(
     flags = eval_flags(files, "--stage-budgets", "1,1,1", "--limit", "2")
     process = start("eval", *flags, stdout=write)
     os.close(write)
-    assert process.communicate(timeout=120)[1] == ""
+    assert process.communicate(timeout=300)[1] == ""
     assert json.loads((files / "report.json").read_text())["n"] == 2
 
 
@@ -379,28 +427,37 @@ import resource
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (60 << 20),) * 2)
 """
-    assert "memory" in one_line(finish(start("eval", *large, before=limit)))
+    assert "memory" in one_line(forked("eval", *large, before=limit))
 
 
 # ---------------------------------------------------------------- debug mode, determinism
 
 
-def test_debug_mode_finds_no_hole_that_is_read(files):
-    debug = {"env": {"LITESTAGE_DEBUG": "1"}}
-    choices = ["Which?", "this", "that", "a third"]
-    flags = [*eval_flags(files)[:4], "--stage-budgets", "1,3,2", *VARIED, *choices]
-    assert texts_of(finish(start("generate", *flags, **debug))) == texts_of(
-        command("generate", *flags)
-    )
-    flags = eval_flags(files, "--stage-budgets", "1,3,2", *VARIED, "--batch", "4")
-    assert command("eval", *flags).status == 0
-    plain = read_untimed(files / "report.json")
-    assert finish(start("eval", *flags, **debug)).status == 0
-    assert read_untimed(files / "report.json") == plain
-    done = finish(start("search", *search_flags(files, "--step", "2"), before=QUICK, **debug))
-    assert done.status == 0, done
-    (journal,) = journals(files)
-    assert plan_of(files) == undisturbed_plan(files, journal, "--step", "2")
+@pytest.mark.parametrize("value, on", [("1", True), ("0", False), ("", False)])
+def test_debug_mode_is_switched_on_by_the_environment(value, on, monkeypatch):
+    monkeypatch.setenv("LITESTAGE_DEBUG", value)
+    assert runpy.run_path(str(ROOT / "model.py"))["DEBUG"] is on
+
+
+def test_debug_mode_finds_no_hole_that_is_read(eight):
+    def both(run) -> list:
+        results = []
+        for on in (False, True):
+            with mock.patch("model.DEBUG", on):
+                results.append(run())
+        return results
+
+    flags = [*eval_flags(eight)[:4], "--stage-budgets", "1,3,2", *VARIED]
+    plain, debug = both(lambda: command("generate", *flags, "Which?", "this", "that", "a third"))
+    assert plain.status == debug.status == 0 and texts_of(plain) == texts_of(debug)
+
+    plain, debug = both(lambda: report(eight, "--stage-budgets", "1,3,2", "--batch", "4"))
+    assert plain == debug
+
+    with mock.patch("model.DEBUG", True):
+        (journal,) = searched(eight, "--step", "2")
+    with mock.patch("model.DEBUG", False):
+        assert plan_of(eight) == undisturbed_plan(eight, journal, "--step", "2")
 
 
 def report(folder: Path, *flags: str) -> dict:
@@ -409,22 +466,22 @@ def report(folder: Path, *flags: str) -> dict:
     return untimed(json.loads((folder / "report.json").read_text())) | {"batch": None}
 
 
-def test_the_texts_depend_on_nothing_but_question_model_and_flags(files):
+def test_the_texts_depend_on_nothing_but_question_model_and_flags(eight):
     flags = ("--stage-budgets", "1,3,2", "--dtype", "float32")
-    first = report(files, *flags)
+    first = report(eight, *flags)
     rates = [stage["exit_rate"] for run in first["runs"][1:] for stage in run["stages"]]
     assert any(0 < rate < 1 for rate in rates), f"some exit, some do not: {rates}"
     assert 0 < first["runs"][1]["accuracy"] < 1
-    assert report(files, *flags) == first
-    assert report(files, *flags, "--batch", "4") == first
-    backwards = [question(i) for i in reversed(range(MANY))]
-    write_questions(files / "questions.jsonl", backwards)
-    assert report(files, *flags) == first, "what the caches held before does not matter"
+    assert report(eight, *flags) == first
+    assert report(eight, *flags, "--batch", "4") == first
+    backwards = [question(i) for i in reversed(range(8))]
+    write_questions(eight / "questions.jsonl", backwards)
+    assert report(eight, *flags) == first, "what the caches held before does not matter"
 
 
-def test_what_is_random_follows_the_seed(files):
-    flags = ("--method", "random", "--stage-budgets", "3,3,3", "--limit", "12")
-    first = report(files, *flags, "--seed", "1")
-    assert report(files, *flags, "--seed", "1") == first
-    others = [report(files, *flags, "--seed", str(seed))["runs"] for seed in (2, 3, 4)]
+def test_what_is_random_follows_the_seed(eight):
+    flags = ("--method", "random", "--stage-budgets", "3,3,3")
+    first = report(eight, *flags, "--seed", "1")
+    assert report(eight, *flags, "--seed", "1") == first
+    others = [report(eight, *flags, "--seed", str(seed))["runs"] for seed in (2, 3, 4)]
     assert any(runs != first["runs"] for runs in others)

@@ -4,13 +4,12 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from damage import Done, forked  # must come first: threads, path
 
 from data import cli, train
 from data.prompts import analyze_prompt, recall_prompt, summarize_prompt
@@ -36,15 +35,16 @@ def start(tmp_path_factory):
     return folder
 
 
-def command(start, out, *more):
-    flags = ["--model", start, "--scratch", "--data", start / "some.jsonl", "--out", out]
+def flags_for(start, out, *more, scratch=True):
+    flags = ["--model", start, *(["--scratch"] if scratch else [])]
+    flags += ["--data", start / "some.jsonl", "--out", out]
     flags += ["--steps", 10, "--batch-size", 8, "--save-every", 2, "--warmup", 2, "--lr", 0.01]
     flags += ["--stochastic-depth", 0.5, *more]
-    return [sys.executable, str(ROOT / "data" / "train.py"), *map(str, flags)]
+    return [str(flag) for flag in flags]
 
 
-def run(*args, **kwargs):
-    return subprocess.run(command(*args), capture_output=True, text=True, **kwargs)
+def run(*args, before="", **options) -> Done:
+    return forked("data.train", *flags_for(*args, **options), before=before)
 
 
 def test_sequences_hold_the_stage_prompts_and_end_every_segment(start):
@@ -87,20 +87,38 @@ def test_stochastic_depth_rises_with_depth():
     assert train.draw_skip(8, 0.0, rng) is None
 
 
+# Code for a process of its own, that kills itself: in the step after it saved, while it saves
+IN_A_STEP = """
+import os, signal
+from data import train
+save = train.save_state
+def saved(*args):
+    save(*args)
+    train.batch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+train.save_state = saved
+"""
+WHILE_SAVING = """
+import os, signal
+from data import train
+save = train.save_state
+def saved(*args):
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    save(*args)
+train.save_state = saved
+"""
+
+
 def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(start, whole)
-    assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(
-        command(start, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 60
-    while not (killed / train.RESUME).exists() and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "model.safetensors").exists()
+    assert done.status == 0, done.err
+    for before in (WHILE_SAVING, IN_A_STEP, IN_A_STEP, WHILE_SAVING):
+        done = run(start, killed, before=before)
+        assert done.status == -signal.SIGKILL, done.err
+        assert not (killed / "model.safetensors").exists()
     done = run(start, killed)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
+    assert "step 6: " in done.out and "step 4: " not in done.out, "from where it last saved"
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in killed.iterdir()} - {train.RESUME + ".tmp"} == names
     for name in names:
@@ -109,17 +127,11 @@ def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path):
 
 def test_fine_tuning_lowers_the_loss_and_side_by_side_changes_nothing(start, tmp_path):
     first, one, two = tmp_path / "first", tmp_path / "one", tmp_path / "two"
-    assert run(start, first).returncode == 0
-    tuned = ["--data", start / "some.jsonl", "--model", first, "--lr", 0.003]
-    done = [
-        subprocess.run(
-            [a for a in command(start, out, *tuned, "--workers", n) if a != "--scratch"],
-            capture_output=True,
-            text=True,
-        )
-        for out, n in ((one, 1), (two, 2))
-    ]
-    assert [d.returncode for d in done] == [0, 0], done
+    assert run(start, first).status == 0
+    for out, n in ((one, 1), (two, 2)):
+        tuned = "--model", first, "--lr", 0.003, "--workers", n
+        done = run(start, out, *tuned, scratch=False)
+        assert done.status == 0, done.err
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     tokenizer = Tokenizer.from_pretrained(start)
     questions = read_questions(start / "some.jsonl", targets=True)
@@ -137,8 +149,8 @@ def test_settings_of_another_run_are_refused(start, tmp_path):
     optimizer = train.make_optimizer(model, 1e-3, 0.1)
     train.save_state(model, optimizer, tmp_path, 2, "other settings")
     done = run(start, tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert str(tmp_path / train.RESUME) in done.stderr
+    assert done.status == 2 and done.err.count("\n") == 1
+    assert str(tmp_path / train.RESUME) in done.err
 
 
 @pytest.mark.parametrize(
@@ -155,7 +167,7 @@ def test_settings_of_another_run_are_refused(start, tmp_path):
 )
 def test_bad_input_is_one_line(start, tmp_path, monkeypatch, capsys, more, named):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", command(start, tmp_path / "out", *more)[1:])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags_for(start, tmp_path / "out", *more)])
     with pytest.raises(SystemExit) as exit:
         cli.run(train.main)
     err = capsys.readouterr().err
