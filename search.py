@@ -300,7 +300,7 @@ def main() -> None:
         own = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
         found[epsilon] = {**own, "trials": log}
     write_plans(args, key, evaluator, full, found)
-    run, took = evaluator.generated, time.monotonic() - began
+    run, took = sum(cli.gather(evaluator.generated)), time.monotonic() - began
     print(f"\n{run} question-stages generated, naively {evaluator.naive}; {took:.0f} s")
 
 
