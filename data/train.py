@@ -380,6 +380,8 @@ def main():
             loss = loss_sum(model, *batch(rows, device), skip) / labelled
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
+    if valid:
+        print(f"step {first}: validation loss {validate(model, valid, device, size, cast):.4f}")
     order, epoch = [], -1
     bar = tqdm(range(first, last), initial=first, total=last, file=sys.stderr, unit="step")
     for step in bar:
