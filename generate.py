@@ -4,7 +4,7 @@ Prefill runs all layers, decoding skips. A question is answered in three stages 
 and Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt
 of each stage holds everything that was generated before.
 
-    python generate.py "What can fly?" robin trout oak shovel --stage-budgets 2,4,1
+    python generate.py "What can fly?" penguin bat oak shovel --stage-budgets 2,4,1
 """
 
 import time
@@ -28,7 +28,7 @@ from model import KVCache, Llama, expect
 
 class Exit(NamedTuple):
     """Confidence exit (LiteStage): stop when the mean of the last `window` confidences, each a
-    token's largest softmax probability, is at or below `threshold`."""
+    token's largest softmax probability, is at or below `threshold`; a shorter text goes on."""
 
     window: int = 5
     threshold: float = 0.5
@@ -69,7 +69,7 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
     """Runs all layers on prompts, each group of which shares a cache of one row.
 
     What a group's prompts have in common is computed once, in its cache, less the tokens that are
-    there from earlier prefills (DESIGN: the longest common token prefix that all layers wrote).
+    there from earlier prefills: the longest common token prefix that all layers wrote.
     Several prompts then get a batch of their own. Returns (cache with `room` more slots, logits
     (bsz, vocab) that follow each prompt).
     """

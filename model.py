@@ -220,7 +220,7 @@ class Attention(nn.Module):
         heads, kv_heads = self.n_heads, self.n_kv_heads
         qkv = self.wqkv(x).view(bsz, seqlen, -1, self.head_dim)  # heads: q, k and v in turn
         # rotary embedding in place, half-split as in HF: pairs are (i, i + head_dim / 2)
-        cos, sin = rope  # (seqlen, 1, head_dim); sin's first half carries rotate_half's minus
+        cos, sin = rope  # ([bsz,] seqlen, 1, head_dim); sin's first half has rotate_half's minus
         qk = qkv[:, :, : heads + kv_heads]
         rotated = qk.roll(self.head_dim // 2, -1)
         qk.mul_(cos).addcmul_(rotated, sin)

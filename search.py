@@ -58,9 +58,9 @@ def greedy(
 ) -> Point:
     """LiteStage's stage-wise search (step 2): the chosen point.
 
-    evaluate(point, target) tries a point. order: the stages, slowest first. thresholds: the first
-    is kept while the stages are scanned, then the others are tried at the budgets found. A stage
-    of which no budget meets the target keeps 0. show(stage or None, trials, chosen) hears of each.
+    evaluate(point, target) tries a point. order: the stages, slowest first. budgets: what a scan
+    tries. thresholds: the first is kept in the scans, then the others are tried at the budgets
+    found. A stage of which no budget meets the target keeps 0. show hears of each scan.
     """
     point = (0, 0, 0), thresholds[0]
     for stage in [*order, None]:

@@ -1,6 +1,6 @@
 """The commands of generate.py, which answers one question, and of skip.py, which ranks.
 
-python generate.py "What can fly?" robin trout oak shovel --stage-budgets 2,4,1
+python generate.py "What can fly?" penguin bat oak shovel --stage-budgets 2,4,1
 """
 
 import string
@@ -19,7 +19,11 @@ def main() -> None:
     flags = (*cli.MODEL_FLAGS, *cli.SEARCH_FLAGS[1:], *cli.METHOD_FLAGS, "--temperature")
     parser = cli.make_parser(generate.__doc__, *flags)
     add = parser.add_argument
-    add("text", type=cli.utf8, help="the question, or a text to continue if no choices follow")
+    add(
+        "text",
+        type=cli.utf8,
+        help="the question; or, if no choices follow, a text, continued as the first stage is",
+    )
     add("choices", type=cli.utf8, nargs="*", help="the options: they get the labels A, B, ...")
     args = parser.parse_args()
     wanted = "expected none, to continue the text, or 2 to 26"
@@ -32,7 +36,8 @@ def main() -> None:
         model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
         ids, ends = tokenizer.encode(args.text), tokenizer.eos_ids
         new = generate.generate(model, ids, most, ends, skips[0], exit, args.temperature)
-        print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}]")
+        skipped = f"{new.timings.skipped:g} of {2 * setting.n_layers} sub-layers skipped"
+        print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}, {skipped}]")
         return
     labels = tuple(string.ascii_uppercase[: len(args.choices)])
     question = Question("", args.text, labels, tuple(args.choices), labels[0])

@@ -89,19 +89,29 @@ def budgets(text: str) -> list[int]:
 # name: (default, type or choices, metavar, help); the default is added to the help
 FLAGS = {
     "--model": ("demo", str, "DIR", "checkpoint folder, hub id ORG/NAME, or demo"),
-    "--data": ("demo", str, "DATA", "questions file, folder, or name of a data set"),
+    "--data": ("demo", str, "DATA", "questions file or folder, or demo, obqa, csqa, strategyqa"),
     "--split": ("test", ("train", "valid", "test"), None, "which questions of a data set"),
     "--limit": (
         None,
         positive,
         "N",
-        "only the first N questions (default: all; eval: 200 of the demo)",
+        "only the first N questions (default: all; eval.py: 200 of the demo; skip.py: 32)",
     ),
     "--seed": (0, natural, "N", "of everything random"),
     "--device": ("cpu", str, "DEV", "cpu, cuda, cuda:1, ..."),
     "--dtype": (None, tuple(DTYPES), None, "to compute in (default: as stored)"),
-    "--plan": (None, Path, "FILE", "budgets and exit that search.py found"),
-    "--stage-budgets": (None, budgets, "R,A,S", "sub-layers each stage skips, e.g. 2,4,1"),
+    "--plan": (
+        None,
+        Path,
+        "FILE",
+        "budgets and exit that search.py found (default: the demo's own; else nothing is skipped)",
+    ),
+    "--stage-budgets": (
+        None,
+        budgets,
+        "R,A,S",
+        "sub-layers each stage skips, e.g. 2,4,1 (default: the plan's)",
+    ),
     "--method": (
         None,
         tuple(POLICIES),
@@ -109,11 +119,21 @@ FLAGS = {
         f"{', '.join(POLICIES)} (default: litestage; --compare: all)",
     ),
     "--granularity": (None, ("sublayer", "layer"), None, "what is ranked (default: sublayer)"),
-    "--exit-threshold": (None, threshold, "T", "mean confidence that ends a stage; 0: never"),
+    "--exit-threshold": (
+        None,
+        threshold,
+        "T",
+        "mean confidence that ends a stage; 0: never; auto (default): as planned",
+    ),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
     "--shots": (0, natural, "K", "worked examples before each question, for an untuned model"),
-    "--compile": (False, bool, None, "replay each stage's decoding step as a CUDA graph"),
+    "--compile": (
+        False,
+        bool,
+        None,
+        "replay decoding steps as CUDA graphs, where a skip set stays the same",
+    ),
     "--json": (None, output, "FILE", "write the report there"),
     "--compare": (
         False,
@@ -124,10 +144,20 @@ FLAGS = {
     "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
     "--temperature": (0.0, number, "T", "0 is greedy"),
     "--out": (Path("plan.json"), output, "FILE", "the plan"),
-    "--epsilon": ([0.01], fractions, "E,...", "accuracy that may be lost; more: a frontier"),
+    "--epsilon": (
+        [0.01],
+        fractions,
+        "E,...",
+        "accuracy that may be lost (default: 0.01); of several the first is the plan",
+    ),
     "--max-budget": (None, positive, "N", "the largest budget (default: all sub-layers but two)"),
     "--step": (1, positive, "N", "between the budgets that are tried"),
-    "--refine": (0.0, number, "MIN", "minutes for trying neighbours of the chosen budgets"),
+    "--refine": (
+        0.0,
+        number,
+        "MIN",
+        "minutes for trying neighbours of the chosen budgets (default: none; alone: 5)",
+    ),
 }
 MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--compile")
 MODEL_FLAGS += ("--max-new-tokens", "--shots")
@@ -152,14 +182,14 @@ def fail(message: str, status: int = 2) -> None:
 
 def make_parser(doc: str, *flags: str) -> Parser:
     """A parser with the named flags of FLAGS, which mean the same in every command."""
-    first, *_, command = doc.strip().split("\n\n")
+    *paragraphs, command = doc.strip().split("\n\n")
+    text = "\n\n".join(textwrap.fill(" ".join(part.split()), 78) for part in paragraphs)
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        description=textwrap.fill(first, 78), epilog=textwrap.dedent(command), formatter_class=raw
-    )
+    parser = Parser(description=text, epilog=textwrap.dedent(command), formatter_class=raw)
     for flag in flags:
         default, kind, metavar, text = FLAGS[flag]
-        text += " (default: %(default)s)" if default is not None and default is not False else ""
+        named = default is None or default is False or "default" in text
+        text += "" if named else " (default: %(default)s)"
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif flag == "--refine":  # alone it means five minutes

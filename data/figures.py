@@ -91,13 +91,14 @@ def draw_stages(plt, report: dict, field: str, path: Path) -> None:
 
 
 def draw_importance(plt, similarity: list, path: Path) -> None:
-    """A heat map of the similarity of every sub-layer's input and output."""
+    """A heat map of how much every sub-layer changes its input, 1 - similarity, darker for more;
+    on a logarithmic scale, for most change little."""
     figure, axes = plt.subplots(figsize=(7, 2.2))
-    columns = [[row[sub] for row in similarity] for sub in (0, 1)]
-    image = axes.imshow(columns, aspect="auto", cmap="gray_r")
+    changes = [[max(1 - row[sub], 1e-6) for row in similarity] for sub in (0, 1)]
+    image = axes.imshow(changes, aspect="auto", cmap="gray_r", norm="log")
     axes.set_yticks([0, 1], ["attention", "feed-forward"])
     axes.set_xlabel("layer")
-    figure.colorbar(image, label="cosine similarity")
+    figure.colorbar(image, label="1 - cosine similarity")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

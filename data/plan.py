@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from data.report import print_plan
 from generate import Exit, Pipeline
 from model import InputError, expect, read_json, weight_files
 from skip import Importance
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("model.py", "skip.py", "generate.py", "search.py", "data/prompts.py")
 
 
 def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
@@ -55,14 +59,16 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
         "weights": sorted(weight_files(folder)),
         "tokenizer": [folder / "tokenizer.json", folder / "tokenizer.model"],
     }
-    digests = {}
-    for key, paths in files.items():
-        total = hashlib.sha256()
-        for path in filter(Path.exists, paths):
-            with open(path, "rb") as f:
-                total.update(hashlib.file_digest(f, "sha256").digest())
-        digests[key] = total.hexdigest()
-    return digests
+    return {key: digest_of(filter(Path.exists, paths)) for key, paths in files.items()}
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the SHA-256 of files."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()
 
 
 def check_budgets(name: str, budgets: list[int], n_layers: int) -> None:
@@ -73,13 +79,14 @@ def check_budgets(name: str, budgets: list[int], n_layers: int) -> None:
 
 def journal_of(args, pipeline: Pipeline, folder: Path, file: Path, n: int) -> tuple[Journal, dict]:
     """The journal of a search beside its plan, named by the digest of all that its trials depend
-    on, so that nothing of another model, data set or setting is taken from it; and that key."""
+    on, the code and the prompts among it, so that nothing stale is taken from it; and that key."""
     model = pipeline.model
     key = {
         "model": {"name": args.model, **checkpoint_digests(folder)},
         "data": hashlib.sha256(file.read_bytes()).hexdigest(),
         "n": n,
         "settings": [args.granularity, args.exit_window, args.max_new_tokens, args.shots],
+        "code": digest_of(ROOT / name for name in CODE),
         "machine": [str(model.device), str(model.dtype), torch.get_num_threads(), args.compile],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -38,7 +38,8 @@ def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
     lost = 0.5 + sum(b > o for b, o in zip(base, other))
     n = len(base) + 2
     half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return [(gained - lost) / n - half, (gained - lost) / n + half]
+    middle = (gained - lost) / n
+    return [max(middle - half, -1.0), min(middle + half, 1.0)]
 
 
 def describe_stage(stages: list) -> dict:
@@ -100,7 +101,7 @@ def make_report(args, model, entries: list[dict], n: int, batch: int) -> dict:
 
 
 def name_of(run: dict) -> str:
-    """A run's method, and its budgets or what was skipped on average."""
+    """A run's method and its budgets."""
     return f"{run['method']} {','.join(map(str, run['budgets']))}"
 
 
@@ -130,7 +131,8 @@ def print_stages(runs: list[dict]) -> None:
     for stages in zip(*(r["stages"] for r in runs)):
         for r, s in zip(runs, stages):
             print(
-                f"{s['name']:<11}{r['method']:<12}{s['tokens']:>7.1f}{1e3 * s['prefill_s']:>11.2f}"
+                f"{s['name']:<11}{r['method']:<12.11}{s['tokens']:>7.1f}"
+                f"{1e3 * s['prefill_s']:>11.2f}"
                 f"{1e3 * s['decode_s']:>10.2f}{s['ms_per_token']:>9.3f}"
                 f"{s['skipped_sublayers']:>8.1f}{s['exit_rate']:>6.0%}"
             )
@@ -191,7 +193,7 @@ def print_scan(title: str, tried: list, trials: list[dict], target: float, chose
     if chosen is None:
         print("none meets the target: nothing changes")
     if close:
-        print(f"as fast within the measuring noise: {', '.join(close)}")
+        print(f"as fast or faster, within the measuring noise: {', '.join(close)}")
 
 
 def print_plan(out, plan: dict) -> None:
@@ -207,7 +209,7 @@ def print_plan(out, plan: dict) -> None:
 def print_importance(similarity, ranking: list) -> None:
     """The similarity of every sub-layer, and the order in which they are skipped."""
     names = ("attention", "ffn")
-    print(f"{'layer':>5}  {'attention':<36}{'ffn':<36}")
+    print(f"{'layer':>5}  {'attention':<36}ffn")
     for layer, row in enumerate(similarity):
         bars = (f"{float(s):7.4f} {'#' * round(26 * max(float(s), 0)):<28}" for s in row)
         print(f"{layer:>5}  {''.join(bars)}".rstrip())

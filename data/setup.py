@@ -111,6 +111,8 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     exit = exit._replace(window=args.exit_window or exit.window)
     if args.exit_threshold is not None:
         exit = exit._replace(threshold=args.exit_threshold)
+    elif getattr(args, "method", None) not in (None, "litestage"):
+        exit = exit._replace(threshold=0.0)  # the exit is LiteStage's; others only when asked
     granularity = args.granularity or plan.get("granularity", "sublayer")
     importance = plan.get("importance", importance)
     if importance is None and not any(budgets) and not getattr(args, "compare", False):
@@ -119,7 +121,10 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
         questions = validation_questions(args.data)[:IMPORTANCE_QUESTIONS]
         importance, _ = importance_of(pipeline, questions)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
-    return setting, budgets, exit if exit.threshold > 0 else None, plan
+    exit = exit if exit.threshold > 0 else None
+    if args.stage_budgets:
+        plan = {"budgets": budgets, "exit": exit and exit._asdict()}
+    return setting, budgets, exit, plan
 
 
 def check_fits(pipeline: Pipeline, questions: list[Question], file: Path) -> None:

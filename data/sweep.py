@@ -20,11 +20,12 @@ from eval import evaluate, make_run
 
 
 def main() -> None:
-    flags = (*cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *cli.METHOD_FLAGS)
-    parser = cli.make_parser(__doc__, *flags, "--split", "--json", "--step")
-    args = parser.parse_args()
+    own = ("--plan", "--limit", "--granularity", "--split", "--json", "--step")
+    args = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own).parse_args()
+    args.stage_budgets = args.exit_threshold = args.exit_window = None
+    args.compare = True  # that is, the importance is needed
     pipeline, folder = load(args)
-    setting, _, _, plan = configure(args, pipeline, folder)
+    setting, *_ = configure(args, pipeline, folder)
     questions = read_questions(locate(args.data, args.split))[: args.limit]
     runs = [make_run("full", setting, [0, 0, 0])]
     for stage in range(3):

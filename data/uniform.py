@@ -16,15 +16,16 @@ from data.plan import journal_of, read_plan
 from data.questions import locate, read_questions
 from data.report import print_scan
 from data.setup import load
+from generate import Exit
 from model import expect
 from search import Evaluator
 
 
 def main() -> None:
-    own = ("--out", "--step")
-    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *own)
-    args = parser.parse_args()
-    args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
+    own = ("--limit", "--granularity", "--exit-window", "--out", "--step")
+    args = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own).parse_args()
+    args.granularity = args.granularity or "sublayer"
+    args.exit_window = args.exit_window or Exit().window
     pipeline, folder = load(args)
     n_sublayers = 2 * pipeline.model.args.n_layers
     plan = read_plan(args.out, folder, n_sublayers // 2)

@@ -5,7 +5,7 @@ the same weights where they are installed (llama.cpp also needs `gguf`, and read
 Whatever is compared takes turns in this one process, run after run, after a run that warms up.
 Printed are medians and half the distance of the quartiles. Not part of the tests.
 
-    python -m tests.bench decoding skipping --shape tinyllama --layers 16 --dtype float32
+    python -m tests.bench decoding skipping --layers 16 --dtype float32
 """
 
 import os
@@ -351,9 +351,16 @@ MEASURES = {
 
 @torch.inference_mode()
 def main() -> None:
-    parser = cli.make_parser(__doc__, "--dtype", "--device", "--seed")
-    parser.add_argument("--shape", default="tinyllama", help="tinyllama, demo or a config.json")
-    parser.add_argument("--layers", type=cli.positive, help="fewer layers of the same width")
+    parser = cli.make_parser(__doc__, "--device", "--seed")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shape", default="tinyllama", help="tinyllama (default), demo or a config.json"
+    )
+    parser.add_argument(
+        "--layers", type=cli.positive, help="fewer layers of the same width (default: all)"
+    )
     parser.add_argument("--rounds", type=cli.positive, default=9, help="(default: %(default)s)")
     parser.add_argument("parts", nargs="*", help=f"what to measure (default: {' '.join(MEASURES)})")
     options = parser.parse_args()

@@ -1,13 +1,15 @@
-"""Makes questions about the demo's world, with the explanations that its model is trained on.
+"""Questions about the demo's world, with explanations for training its model.
 
-Every question is "which of four things has this property?", with one right answer. What a question
-*means* is its property and the set of its four options; a hash of that, which neither the phrasing
-nor the order nor the seed changes, puts it in one of four splits. So no question is in two splits,
-and the default split `fresh` holds questions that neither training nor validation nor test has
-seen. The splits `names` and `kinds` are drills, easier questions for the start of the training.
+Every question is "which of four things has this property?", with one right
+answer. What a question *means* is its property and the set of its four options;
+a hash of that, which neither the phrasing nor the order nor the seed changes,
+puts it in one of four splits. So no question is in two splits, and the default
+split `fresh` holds questions that neither training nor validation nor test has
+seen. The splits `names` and `kinds` are drills, easier questions for the start
+of the training. Say --out or --splits.
 
-    python data/demo/make.py --splits data/demo      # the shipped train, valid, test, byte for byte
-    python data/demo/make.py --seed 1 --count 500 --out fresh.jsonl                  # new questions
+    python data/demo/make.py --splits data/demo     # the shipped three splits
+    python data/demo/make.py --seed 1 --count 500 --out fresh.jsonl
 """
 
 import argparse
@@ -180,8 +182,8 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=SEED, help="another seed, other questions")
-    parser.add_argument("--count", type=int, default=500, help="how many questions")
+    parser.add_argument("--seed", type=int, default=SEED, help="(default: %(default)s)")
+    parser.add_argument("--count", type=int, default=500, help="(default: %(default)s)")
     parser.add_argument("--out", help="the file to write")
     parser.add_argument(
         "--split", choices=SPLITS + DRILLS, default="fresh", help="what to draw from"
