@@ -46,9 +46,9 @@ def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run
     runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
     for plan in plans:
-        exit = plan["exit"] and Exit(**plan["exit"])
-        runs.append(make_run("litestage", setting, plan["budgets"], exit))
-        if exit:
+        own = plan["exit"] and Exit(**plan["exit"])
+        runs.append(make_run("litestage", setting, plan["budgets"], own))
+        if own:
             runs.append(make_run("litestage", setting, plan["budgets"], None, "litestage-no-exit"))
     return runs
 

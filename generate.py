@@ -234,14 +234,14 @@ def generate_batch(
             active, tokens = [active[i] for i in keep], tokens[keep]
             cache.keep(keep)
         begin = time.perf_counter()
-        mask = skip(len(step_s)) if callable(skip) else skip
-        skipped += 0 if mask is None else int(mask.count_nonzero())
+        now = skip(len(step_s)) if callable(skip) else skip
+        skipped += 0 if now is None else int(now.count_nonzero())
         if replay is not None:
             replay()
             new = read(step.tokens, step.confidences)
         else:
             probe = getattr(skip, "probe", None)
-            logits = model(tokens[:, None], cache, pos, mask, probe)[:, -1]
+            logits = model(tokens[:, None], cache, pos, now, probe)[:, -1]
             tokens, confidences = pick(logits, temperature)
             new = read(tokens, confidences)
         pos += 1

@@ -56,7 +56,7 @@ ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3
 OPTIONAL = ("n_kv_heads", "head_dim")  # n_heads and dim / n_heads when config.json has none
 
 
-def key(name: str, most=1 << 20, **default):
+def entry(name: str, most=1 << 20, **default):
     """A ModelArgs field: its key in config.json, its largest value, its default if it has one."""
     return field(metadata={"key": name, "most": most}, **default)
 
@@ -65,20 +65,20 @@ def key(name: str, most=1 << 20, **default):
 class ModelArgs:
     """The shape of a Llama, named as in Llama's own code."""
 
-    dim: int = key("hidden_size")
-    n_layers: int = key("num_hidden_layers", 1 << 10)
-    n_heads: int = key("num_attention_heads")
-    n_kv_heads: int = key("num_key_value_heads")
-    head_dim: int = key("head_dim")
-    hidden_dim: int = key("intermediate_size")
-    vocab_size: int = key("vocab_size", 1 << 22)
-    max_seq_len: int = key("max_position_embeddings", 1 << 24, default=2048)
-    norm_eps: float = key("rms_norm_eps", 1.0, default=1e-6)
-    rope_theta: float = key("rope_theta", 1e12, default=10000.0)
+    dim: int = entry("hidden_size")
+    n_layers: int = entry("num_hidden_layers", 1 << 10)
+    n_heads: int = entry("num_attention_heads")
+    n_kv_heads: int = entry("num_key_value_heads")
+    head_dim: int = entry("head_dim")
+    hidden_dim: int = entry("intermediate_size")
+    vocab_size: int = entry("vocab_size", 1 << 22)
+    max_seq_len: int = entry("max_position_embeddings", 1 << 24, default=2048)
+    norm_eps: float = entry("rms_norm_eps", 1.0, default=1e-6)
+    rope_theta: float = entry("rope_theta", 1e12, default=10000.0)
     rope_scaling: dict | None = None
-    tied: bool = key("tie_word_embeddings", default=False)
-    attention_bias: bool = key("attention_bias", default=False)
-    mlp_bias: bool = key("mlp_bias", default=False)
+    tied: bool = entry("tie_word_embeddings", default=False)
+    attention_bias: bool = entry("attention_bias", default=False)
+    mlp_bias: bool = entry("mlp_bias", default=False)
 
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> "ModelArgs":
@@ -378,13 +378,13 @@ class Llama(nn.Module):
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -math.inf)
         tables = self.rope(keys) if cache is None else cache.rope
         rope = [table[positions] for table in tables]
-        rows = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
-        if len(rows) != len(self.layers):
+        skips = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
+        if len(skips) != len(self.layers):
             raise ValueError(f"skip: expected ({len(self.layers)}, 2), found {tuple(skip.shape)}")
         x = F.embedding(tokens, self.embed.weight)  # (bsz, seqlen, dim)
         for i, layer in enumerate(self.layers):
             for sub in (0, 1):
-                skipped, before = rows[i][sub], x
+                skipped, before = skips[i][sub], x
                 if skipped:
                     x = x if skipped == 1 else x * skipped
                     continue

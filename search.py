@@ -23,7 +23,7 @@ from data import cli
 from data.plan import journal_of, write_plans
 from data.prompts import STAGES, find_answer
 from data.questions import Question, locate, read_questions
-from data.report import print_full, print_scan
+from data.report import meets, print_full, print_scan
 from data.setup import IMPORTANCE_QUESTIONS, check_fits, importance_of, load
 from generate import Exit, Pipeline, Stage, StaticStep, pick, prefill, read
 from model import InputError, KVCache, Llama, expect
@@ -41,10 +41,6 @@ Evaluate = Callable[[Point, float], dict]
 FULL: Point = ((0, 0, 0), 0.0)
 
 # ---------------------------------------------------------------- step 2: the search
-
-
-def meets(trial: dict, target: float) -> bool:
-    return not trial["abandoned"] and trial["accuracy"] >= target - 1e-9
 
 
 def best(trials: list[dict], target: float) -> dict | None:
@@ -265,8 +261,8 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
 
 
 def main() -> None:
-    own = ("--out", "--epsilon", "--max-budget", "--step", "--refine")
-    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *own)
+    flags = ("--out", "--epsilon", "--max-budget", "--step", "--refine")
+    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *flags)
     args = parser.parse_args()
     began = time.monotonic()
     args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5

@@ -121,7 +121,7 @@ def full(setting: Setting, budget: int) -> Tensor:
 def litestage(setting: Setting, budget: int) -> Tensor:
     """The first `budget` sub-layers of the ranking; each stage has its own budget (LiteStage)."""
     if setting.granularity == "layer":
-        budget -= budget % 2
+        budget -= budget % 2  # whole layers only
     return mask_of(setting.ranking[:budget], setting.n_layers)
 
 
@@ -163,7 +163,7 @@ def shuffled(setting: Setting, budget: int) -> Tensor:
 
 
 class AdaSkip:
-    """AdaSkip (2501.02336): the `budget` most similar sub-layers, one set for every stage.
+    """AdaSkip (2501.02336): the `budget` most similar sub-layers, the same ranking for every stage.
 
     A skipped sub-layer's output is its input times rho, the mean ratio of the norms after and
     before. Per request, FFNs whose similarity over the first `window` decoding steps reaches the

@@ -9,6 +9,9 @@ prompts of the stages after it:
     Analyze: For option A, {analysis} For option B, {analysis} ...
     Summarize: So the answer is option X.
 
+Who changes a wording changes it in `worked`, too, and in `pieces` of data/train.py, which train on
+whole texts; a journal of search.py notices by itself.
+
     python -c "from data.prompts import *; print(find_answer('So the answer is option B.'))"
 """
 

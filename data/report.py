@@ -173,6 +173,11 @@ def print_full(full: dict, order: Sequence[int]) -> None:
     print(f"slowest stage first: {slowest}")
 
 
+def meets(trial: dict, target: float) -> bool:
+    """Whether a trial ran to its end and is accurate enough."""
+    return not trial["abandoned"] and trial["accuracy"] >= target - 1e-9
+
+
 def print_scan(title: str, tried: list, trials: list[dict], target: float, chosen, noise: float):
     """What a search tried: the paper's table for one stage, `tried` its budgets or thresholds."""
     print(f"\n{title}: target accuracy {target:.1%}")
@@ -181,14 +186,13 @@ def print_scan(title: str, tried: list, trials: list[dict], target: float, chose
     )
     close = []
     for knob, t in zip(tried, trials):
-        meets = not t["abandoned"] and t["accuracy"] >= target - 1e-9
         took = "-" if t["abandoned"] else f"{1e3 * t['latency_s']:.2f}"
         accuracy = f"{'<=' if t['abandoned'] else ''}{t['accuracy']:.1%}"
         print(
             f"{knob:>10}{accuracy:>11}{t['tokens']:>9.1f}{took:>9}{t['exit_rate']:>7.0%}"
-            f"{'yes' if meets else 'no':>7}{'  <--' if t is chosen else ''}"
+            f"{'yes' if meets(t, target) else 'no':>7}{'  <--' if t is chosen else ''}"
         )
-        if chosen and t is not chosen and meets:
+        if chosen and t is not chosen and meets(t, target):
             close += [str(knob)] if t["latency_s"] < chosen["latency_s"] * (1 + noise) else []
     if chosen is None:
         print("none meets the target: nothing changes")

@@ -7,6 +7,7 @@ import torch
 from damage import question, write_questions
 
 import eval as evaluation
+from data import sweep
 from data.report import paired, wilson
 
 
@@ -105,6 +106,30 @@ def test_compare_runs_every_method(reported):
 def test_compare_of_one_method_runs_that_alone(reported):
     report, _ = reported("--compare", "--method", "unified", "--limit", "2")
     assert {r["method"] for r in report["runs"]} == {"full", "unified"}
+
+
+def test_compare_of_given_budgets_runs_them_too(reported):
+    report, _ = reported("--compare", "--method", "litestage", "--stage-budgets", "3,1,2")
+    assert ("litestage", [3, 1, 2]) in [(r["method"], r["budgets"]) for r in report["runs"]]
+
+
+def test_the_exit_is_litestages_and_others_have_it_only_when_asked(reported):
+    def exits(*flags):
+        return [r["exit"] for r in reported("--stage-budgets", "1,2,1", *flags)[0]["runs"]]
+
+    assert exits() == [None, {"window": 5, "threshold": 0.5}]
+    assert exits("--method", "random") == [None, None]
+    asked = exits("--method", "random", "--exit-threshold", "0.4")
+    assert asked == [None, {"window": 5, "threshold": 0.4}]
+
+
+def test_a_sweep_of_another_checkpoint_measures_its_importance(tmp_path, folder, monkeypatch):
+    write_questions(tmp_path / "test.jsonl", [question(i) for i in range(4)])
+    out = tmp_path / "sweep.json"
+    flags = ["--model", str(folder), "--data", str(tmp_path / "test.jsonl"), "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["sweep.py", *flags, "--step", "4", "--max-new-tokens", "4"])
+    sweep.main()
+    assert min(min(row) for row in json.loads(out.read_text())["similarity"]) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
