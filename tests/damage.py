@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -127,6 +128,7 @@ FORKS.set_forkserver_preload(
 
 def in_child(name: str, argv: tuple, before: str, env: dict, folder: str) -> None:
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT), number)
     main, sys.argv = importlib.import_module(MAINS.get(name, name)).main, [f"{name}.py", *argv]
