@@ -362,12 +362,12 @@ class Llama(nn.Module):
         probe: called as probe(layer, sub, before, after), the residual stream (bsz, seqlen, dim)
             around every sub-layer that runs.
         """
-        seqlen, static = tokens.shape[1], torch.is_tensor(pos)
-        end = cache.max_len if static else pos + seqlen
+        seqlen, fixed = tokens.shape[1], torch.is_tensor(pos)
+        end = cache.max_len if fixed else pos + seqlen
         keys = torch.arange(end, device=tokens.device)
-        slots = pos if static else slice(pos, end)
+        slots = pos if fixed else slice(pos, end)
         positions, mask, pad = slots, None, cache and cache.pad
-        if seqlen > 1 or static or pad is not None:
+        if seqlen > 1 or fixed or pad is not None:
             queries = keys[slots]  # (seqlen,)
             hidden = keys > queries[:, None]  # (seqlen, end): causal
             if pad is not None:

@@ -99,13 +99,13 @@ def new_tokens(stages: list[Stage], index: int) -> int:
 
 
 @torch.inference_mode()
-def measure_steps(model: Llama, cache: KVCache, tokens, pos: int, masks: list, static: bool):
+def measure_steps(model: Llama, cache: KVCache, tokens, pos: int, masks: list, compiled: bool):
     """(seconds of a decoding step under every mask, their relative noise); tokens: (bsz,) at pos.
 
     All masks take turns in each of ROUNDS rounds, and each time is divided by that of the first
     mask in the same round, so that a slow minute of the machine does not favour anyone.
     """
-    rounds, step = [], StaticStep(model, len(tokens), pos + 1) if static else None
+    rounds, step = [], StaticStep(model, len(tokens), pos + 1) if compiled else None
     for _ in range(ROUNDS + 1):
         times = []
         for mask in masks:
@@ -140,8 +140,8 @@ def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> 
         prompts = pipeline.prompt_ids(index, question, said)
         cache, _ = prefill(model, [(KVCache(model, 1, 0), prompts)], 1)
         tokens = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)
-        pos, static = max(map(len, prompts)), pipeline.static is not None
-        times = measure_steps(model, cache, tokens, pos, masks, static)
+        pos, compiled = max(map(len, prompts)), pipeline.static is not None
+        times = measure_steps(model, cache, tokens, pos, masks, compiled)
         step_s.append(times[0])
         noise.append(times[1])
     token_s = [

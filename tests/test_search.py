@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 from damage import question, write_questions
 
 import search
 from data.cli import Journal
+from generate import prefill
+from model import KVCache, Llama
 from search import best, greedy, refine
+from skip import mask_of
 
 
 def trial(budgets, threshold, accuracy, latency, abandoned=False):
@@ -195,3 +199,16 @@ def test_trials_are_abandoned_only_when_the_target_is_out_of_reach(
     for one in plan["trials"]:
         if one["abandoned"]:
             assert one["accuracy"] < plan["full"]["accuracy"] - plan["epsilon"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_step_times_are_measured_for_every_mask(folder, monkeypatch, compiled):
+    """With and without recorded steps; how long they take is the machine's affair."""
+    monkeypatch.setattr(search, "ROUNDS", 5)
+    llama = Llama.from_pretrained(folder)
+    prompts = [[1, 2, 3], [4, 5]]
+    cache, _ = prefill(llama, [(KVCache(llama, 1, 0), prompts)], 1)
+    masks = [mask_of([], 3), mask_of([(i, sub) for i in range(3) for sub in (0, 1)], 3)]
+    tokens = torch.tensor([3, 5])
+    times, noise = search.measure_steps(llama, cache, tokens, 3, masks, compiled)
+    assert len(times) == 2 and min(times) > 0 and noise >= 0
