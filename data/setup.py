@@ -13,14 +13,13 @@ import huggingface_hub
 import torch
 
 from data.cli import progress
-from data.plan import check_budgets, read_plan
+from data.plan import ROOT, check_budgets, read_plan
 from data.prompts import STAGES, worked
 from data.questions import Question, locate, read_questions
 from generate import Exit, Pipeline, Tokenizer
 from model import DTYPES, InputError, Llama, expect, weight_files
 from skip import Importance, Setting, measure_importance, rank
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = 30_000_000  # parameters; below, products are too short to be shared among threads
 IMPORTANCE_QUESTIONS = 32  # enough: with more of the demo's the first half does not change
 

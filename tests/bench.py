@@ -370,7 +370,7 @@ def main() -> None:
     known = options.device == "cpu" or (cuda and options.device.startswith("cuda"))
     expect(known, f"--device: no such device here, found {options.device!r}")
     args = shape_of(options.shape, options.layers)
-    dtype, device = DTYPES[options.dtype or "bfloat16"], torch.device(options.device)
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
     torch.manual_seed(options.seed)
     bytes_read = weights_per_token(args, dtype, args.n_layers, args.n_layers)
     with tempfile.TemporaryDirectory() as folder:
