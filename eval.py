@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data import cli
-from data.questions import Question, locate, read_questions
+from data.questions import Question
 from data.report import describe, make_report, print_report
-from data.setup import check_fits, configure, load
+from data.setup import configure, load, load_questions
 from generate import Exit, Pipeline, Stage
 from model import KVCache
 from skip import POLICIES, Setting
@@ -75,10 +75,8 @@ def main() -> None:
     parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *cli.METHOD_FLAGS, *own)
     args = parser.parse_args()
     pipeline, folder = load(args)
-    file = locate(args.data, args.split)
     quick = DEMO_LIMIT if args.data == "demo" else None
-    questions = read_questions(file)[: args.limit or quick]
-    check_fits(pipeline, questions, file)
+    _, questions = load_questions(args, pipeline, args.split, args.limit or quick)
     setting, budgets, exit, plan = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0])]
     if args.compare:

@@ -7,9 +7,12 @@ of each stage holds everything that was generated before.
     python generate.py "What can fly?" penguin bat oak shovel --stage-budgets 2,4,1
 """
 
+from data.prompts import STAGES, find_answer, finish, stage_prompts  # first, for Ctrl-C
+
+# isort: split
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix  # of any sequences, token ids among them
 from statistics import median
@@ -18,12 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.prompts import STAGES, find_answer, finish, stage_prompts
 from data.questions import Question
 from data.tokenizer import Tokenizer
 from model import KVCache, Llama, expect
-
-# ---------------------------------------------------------------- generation
 
 
 class Exit(NamedTuple):
@@ -58,46 +58,41 @@ class Generation(NamedTuple):
     ids: list[int]
     stop: str
     timings: Timings
-
-    def steps(self, ends: Mapping[int, bool]) -> int:
-        """Decoding steps it took: none for the first token, one more to see an end token."""
-        unseen = self.stop == "eos" and not (self.ids and self.ids[-1] in ends)
-        return max(len(self.ids) + unseen - 1, 0)
+    steps: int  # decoding steps it took, none for the first token
 
 
 def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: int):
     """Runs all layers on prompts, each group of which shares a cache of one row.
 
-    What a group's prompts have in common is computed once, in its cache, less the tokens that are
-    there from earlier prefills: the longest common token prefix that all layers wrote.
-    Several prompts then get a batch of their own. Returns (cache with `room` more slots, logits
-    (bsz, vocab) that follow each prompt).
+    One forward a group: what its prompts have in common, less the tokens that are in the cache
+    from earlier prefills (the longest common token prefix that all layers wrote), and then what
+    each goes on with, as tails that do not see one another. Several prompts then get a batch of
+    their own. Returns (cache with `room` more slots, logits (bsz, vocab) that follow each prompt).
     """
-    alone = len(groups) == 1 and len(groups[0][1]) == 1
-    rows: list[tuple[KVCache, int, list[int]]] = []
+    lengths = [len(prompt) for _, prompts in groups for prompt in prompts]
+    n, longest, logits = len(lengths), max(lengths), []
+    pad = [longest - length for length in lengths]
+    batch = KVCache(model, n, longest + room, pad) if n > 1 else None
     for cache, prompts in groups:
-        longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-        if cache.max_len < longest + room:
-            cache.grow(model, longest + room)
-        # the last token is left for the batch, which needs the logits that follow it
-        shared = shortest if alone else min(len(commonprefix(prompts)), shortest - 1)
-        ready = min(len(commonprefix([cache.tokens, prompts[0]])), shortest - 1, shared)
+        shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        ready = min(len(commonprefix([cache.tokens, prompts[0]])), shared)
+        tails, slot = [prompt[shared:] for prompt in prompts], shared
+        size = shared + sum(map(len, tails)) + room
+        if cache.max_len < size:
+            cache.grow(model, size)
         cache.forget(ready)
-        if ready < shared:
-            new = torch.tensor([prompts[0][ready:shared]], device=model.device)
-            logits = model(new, cache, ready, last=True)[:, -1]
-        cache.tokens = prompts[0][:shared]
-        rows += [(cache, shared, prompt) for prompt in prompts]
-    if alone:
-        return cache, logits
-    longest = max(len(prompt) for *_, prompt in rows)
-    tail = max(len(prompt) - shared for _, shared, prompt in rows)
-    pad = [longest - len(prompt) for *_, prompt in rows]
-    batch = KVCache(model, len(rows), longest + room, pad)
-    for row, (cache, shared, _) in enumerate(rows):
-        batch.copy_from(cache, shared, row, pad[row])
-    new = torch.tensor([([0] * longest + prompt)[-tail:] for *_, prompt in rows])  # (bsz, tail)
-    return batch, model(new.to(model.device), batch, longest - tail, last=True)[:, -1]
+        new = torch.tensor([sum(tails, prompts[0][ready:shared])], device=model.device)
+        row = sum(map(len, logits))
+        logits.append(model(new, cache, ready, tails=[len(tail) for tail in tails])[0])
+        cache.tokens = prompts[0]  # the first tail stands where it would stand alone
+        if batch is None:
+            return cache, logits[0]
+        rows = []
+        for tail, hole in zip(tails, pad[row:]):  # a hole is masked, but must not be NaN
+            rows.append([0] * hole + [*range(shared), *range(slot, slot + len(tail))])
+            slot += len(tail)
+        batch.copy_from(cache, torch.tensor(rows, device=model.device), row)
+    return batch, torch.cat(logits)
 
 
 def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -109,11 +104,9 @@ def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def read(tokens: Tensor, confidences: Tensor) -> tuple[list[int], list[float]]:
-    """The same as lists: the one time a step waits for a GPU, and one small read from it."""
-    if tokens.device.type == "cpu":
-        return tokens.tolist(), confidences.tolist()
-    both = torch.stack((tokens.double(), confidences.double())).tolist()
-    return [int(token) for token in both[0]], both[1]
+    """The same as lists: one small read, the one time that a step waits for a GPU."""
+    ids, values = torch.stack((tokens, confidences)).tolist()  # float32 holds ids below 2^24
+    return [int(i) for i in ids], values
 
 
 class StaticStep:
@@ -172,7 +165,7 @@ class Row:
     def __init__(self, length: int, exit: Exit | None):
         self.length, self.exit = length, exit
         self.ids: list[int] = []
-        self.stop: str | None = None
+        self.steps, self.stop = 0, None
         self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
 
     def take(self, token: int, confidence: float, ends, max_new_tokens: int, context: int) -> None:
@@ -190,6 +183,7 @@ class Row:
             self.stop = "length"
         elif self.length + len(self.ids) > context:
             self.stop = "context"
+        self.steps += self.stop is None  # it goes on
 
 
 @torch.inference_mode()
@@ -240,14 +234,13 @@ def generate_batch(
             replay()
             new = read(step.tokens, step.confidences)
         else:
-            probe = getattr(skip, "probe", None)
-            logits = model(tokens[:, None], cache, pos, now, probe)[:, -1]
+            logits = model(tokens[:, None], cache, pos, now, getattr(skip, "probe", None))[:, -1]
             tokens, confidences = pick(logits, temperature)
             new = read(tokens, confidences)
         pos += 1
         step_s.append(time.perf_counter() - begin)
     timings = Timings(prefill_s, step_s, skipped / max(len(step_s), 1))
-    return [Generation(row.ids, row.stop or "context", timings) for row in rows]
+    return [Generation(row.ids, row.stop or "context", timings, row.steps) for row in rows]
 
 
 def generate(
@@ -262,9 +255,8 @@ def generate(
     "context" (the model's context is full, or the prompt alone does not fit: ids is then empty).
     """
     eos_ids = () if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    exit = Exit(*exit) if exit is not None else None
+    exit, ends = None if exit is None else Exit(*exit), dict.fromkeys(eos_ids, False)
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
-    ends = dict.fromkeys(eos_ids, False)
     return generate_batch(model, [group], max_new_tokens, ends, skip, exit, temperature)[0]
 
 
@@ -328,7 +320,7 @@ class Pipeline:
                 texts if index == 2 else [finish(text) for text in texts],
                 stops=[row.stop for row in mine],
                 tokens=sum(len(row.ids) for row in mine),
-                steps=max(row.steps(ends) for row in mine),
+                steps=max(row.steps for row in mine),
                 prompt_tokens=max(map(len, question_prompts)),
                 timings=mine[0].timings.share(len(questions)),
             )

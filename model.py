@@ -10,7 +10,7 @@ it was and costs nothing. Shapes use Llama's names: bsz, seqlen, dim, n_heads, n
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -105,11 +105,11 @@ class ModelArgs:
                 key, default = f.metadata["key"], None if f.name in OPTIONAL else f.default
                 args[f.name] = read_number(config, name, key, f.type, f.metadata["most"], default)
         dim, heads = args["dim"], args["n_heads"]
-        kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
-        divides = heads % kv_heads == 0
-        expect(divides, f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads")
         divides = args["head_dim"] is not None or dim % heads == 0
         expect(divides, f"{name}: 'num_attention_heads' {heads} must divide 'hidden_size' {dim}")
+        kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
+        divides = f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads"
+        expect(heads % kv_heads == 0, divides)
         head_dim = args["head_dim"] = args["head_dim"] or dim // heads
         expect(head_dim % 2 == 0, f"{name}: 'head_dim' must be even, found {head_dim}")
         return cls(**args, rope_scaling={"rope_type": kind} | scaling if scaling else None)
@@ -144,13 +144,14 @@ class RMSNorm(nn.Module):
         normed = F.layer_norm(torch.cat((x, -x), -1), (2 * self.dim,), eps=self.eps)
         return normed[..., : self.dim] * self.weight
 
-    __call__ = forward  # without nn.Module's hooks: a microsecond, 130 times a token
+    __call__ = forward  # without nn.Module's hooks: half a microsecond, 130 times a token
 
 
 class Linear(nn.Module):
     """One product for several matrices of the checkpoint that share their input.
 
     `parts` maps their names to their output sizes, e.g. {"q_proj": 2048, "k_proj": 256, ...}.
+    Takes (rows, in_features), gives (rows, out_features).
     """
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False):
@@ -158,31 +159,20 @@ class Linear(nn.Module):
         self.parts = parts
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
         self.bias = nn.Parameter(torch.empty(sum(parts.values()))) if bias else None
-        self.packed: Tensor | None = None
+        self.packed: Callable[[Tensor], Tensor] | None = None  # the same product, packed
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        slow = self.weight.dtype != torch.float32 and x.device.type == "cpu"
-        if slow and x.numel() >= 8 * x.shape[-1]:  # many rows: in float32, as much as caches hold
-            blocks = [F.linear(x.float(), block.float()) for block in self.weight.split(256)]
-            out = torch.cat(blocks, -1)
-            return (out if self.bias is None else out + self.bias).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
 
     __call__ = forward
 
     def pack(self) -> None:
-        """Lays the weight out as it is read fastest: a large one as oneDNN likes it (float32 for
-        one row, that is for decoding), freeing the plain one, a small one with its inputs
-        outermost. A large one stays where `packable` says no."""
-        large = self.weight.numel() >= PACK_FROM
-        if large and packable(self.weight):
-            rows = 1 if self.weight.dtype == torch.float32 else None
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        """Lays the weight out as this processor reads it fastest, and frees the plain one."""
+        self.packed = packed_product(self.weight, self.bias)
+        if self.packed is not None:
             self.weight = None
-        elif not large and self.weight.dtype == torch.float32:
-            self.weight.data = self.weight.t().contiguous().t()  # a fifth faster, cold
+        elif self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
+            self.weight.data = self.weight.t().contiguous().t()  # small: a fifth faster, cold
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Views of the parts by their names in a checkpoint."""
@@ -195,12 +185,35 @@ class Linear(nn.Module):
         }
 
 
-def packable(weight: Tensor) -> bool:
-    """Whether oneDNN has a packed product for this tensor's device, dtype and processor."""
-    ops, dtype = torch.ops.mkldnn, weight.dtype
-    known = weight.device.type == "cpu" and hasattr(ops, "_reorder_linear_weight")
-    bf16 = dtype == torch.bfloat16 and known and ops._is_mkldnn_bf16_supported()
-    return known and (bf16 or dtype == torch.float32)
+def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """x (rows, in) -> x @ weight.T + bias on a packed weight; None where the plain one is best.
+
+    oneDNN's product where the processor computes in this dtype; FBGEMM's, of a float16 weight and
+    float32 rows, for half precision elsewhere. (Ours.)
+    """
+    half, avx512 = weight.dtype != torch.float32, torch.cpu._is_avx512_supported()
+    native = not half or weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    onednn, fbgemm = torch.ops.mkldnn, "fbgemm" in torch.backends.quantized.supported_engines
+    if weight.device.type != "cpu":
+        return None
+    # a bfloat16 from 2^-17 up is exactly a float16; a smaller one moves by 2^-25 at most
+    if not native and fbgemm and weight.abs().max() <= torch.finfo(torch.float16).max:
+        bias = None if bias is None else bias.float()
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed).to(x.dtype)
+    if not native or weight.numel() < PACK_FROM or not hasattr(onednn, "_reorder_linear_weight"):
+        return None
+    # Without AVX-512 oneDNN is fastest when told that it is for one row. With it (but without
+    # AMX) it reads weights faster for four rows than for one, so that one or two run as four.
+    padded = avx512 and not (half and torch.cpu._is_amx_tile_supported())
+    packed = onednn._reorder_linear_weight(weight, None if avx512 else 1)
+
+    def product(x: Tensor) -> Tensor:
+        rows = len(x)
+        x = x.repeat(4 // rows, 1) if padded and rows < 3 else x
+        return onednn._linear_pointwise(x, packed, bias, "none", [], "")[:rows]
+
+    return product
 
 
 class Attention(nn.Module):
@@ -215,10 +228,10 @@ class Attention(nn.Module):
         self.wqkv = Linear(args.dim, qkv, args.attention_bias)
         self.wo = Linear(q_dim, {"o_proj": args.dim}, args.attention_bias)
 
-    def forward(self, x: Tensor, rope, mask, kv, slots) -> Tensor:
-        bsz, seqlen, _ = x.shape
+    def forward(self, x: Tensor, bsz: int, rope, mask, kv, slots) -> Tensor:
         heads, kv_heads = self.n_heads, self.n_kv_heads
-        qkv = self.wqkv(x).view(bsz, seqlen, -1, self.head_dim)  # heads: q, k and v in turn
+        qkv = self.wqkv(x).view(bsz, -1, heads + 2 * kv_heads, self.head_dim)
+        seqlen = qkv.shape[1]
         # rotary embedding in place, half-split as in HF: pairs are (i, i + head_dim / 2)
         cos, sin = rope  # ([bsz,] seqlen, 1, head_dim); sin's first half has rotate_half's minus
         qk = qkv[:, :, : heads + kv_heads]
@@ -233,9 +246,7 @@ class Attention(nn.Module):
             q = q.reshape(bsz, kv_heads, heads // kv_heads, self.head_dim)
         out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != kv_heads)
         out = out if seqlen == 1 else out.transpose(1, 2)
-        return self.wo(out.reshape(bsz, seqlen, heads * self.head_dim))
-
-    __call__ = forward
+        return self.wo(out.reshape(bsz * seqlen, heads * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -248,10 +259,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(args.hidden_dim, {"down_proj": args.dim}, args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)  # each (bsz, seqlen, hidden_dim)
+        gate, up = self.w13(x).chunk(2, dim=-1)  # each (bsz * seqlen, hidden_dim)
         return self.w2(F.silu(gate) * up)
-
-    __call__ = forward
 
 
 class DecoderLayer(nn.Module):
@@ -301,14 +310,15 @@ class KVCache:
     def grow(self, model: "Llama", max_len: int) -> None:
         """Makes room for more tokens; what `tokens` says is there stays."""
         larger = KVCache(model, 1, max_len)
-        larger.copy_from(self, len(self.tokens))
+        larger.copy_from(self, torch.arange(len(self.tokens), device=model.device)[None])
         self.layers, self.rope, self.max_len = larger.layers, larger.rope, max_len
 
-    def copy_from(self, other: "KVCache", n: int, row: int = 0, at: int = 0) -> None:
-        """Copies another cache's first n slots (its row 0) into a row of this one, from slot at."""
+    def copy_from(self, other: "KVCache", slots: Tensor, row: int = 0) -> None:
+        """Copies slots (n, length) of another cache's one row to the rows from `row` on."""
+        n, length = slots.shape
         for mine, its in zip(self.layers, other.layers):
-            mine[row, :, :at] = 0  # holes: masked, but a NaN would get through a mask
-            mine[row, :, at : at + n] = its[0, :, :n]
+            copied = its[0][:, slots]  # (2 * n_kv_heads, n, length, head_dim)
+            mine[row : row + n, :, :length] = copied.transpose(0, 1)
 
 
 class Llama(nn.Module):
@@ -350,9 +360,9 @@ class Llama(nn.Module):
         return tuple(table[..., None, :].to(self.dtype) for table in both)
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, pos=0, skip=None, probe=None, last=False
+        self, tokens: Tensor, cache: KVCache | None = None, pos=0, skip=None, probe=None, tails=()
     ) -> Tensor:
-        """Logits (bsz, seqlen, vocab), or (bsz, 1, vocab) of the last token only with `last`.
+        """Logits (bsz, seqlen, vocab), or with `tails` (bsz, len(tails), vocab).
 
         tokens: (bsz, seqlen) ids, which stand in the cache's slots pos .. pos + seqlen - 1. A pos
             that is a tensor (1,) makes every shape independent of it, as a CUDA graph must have
@@ -361,27 +371,36 @@ class Llama(nn.Module):
             leaves the residual stream as it was, any other number multiplies it (AdaSkip's rho).
         probe: called as probe(layer, sub, before, after), the residual stream (bsz, seqlen, dim)
             around every sub-layer that runs.
+        tails: lengths of texts that the tokens end in: each continues what stands before the first
+            of them and sees no other; only the logits of their last tokens are computed.
         """
-        seqlen, fixed = tokens.shape[1], torch.is_tensor(pos)
+        (bsz, seqlen), fixed = tokens.shape, torch.is_tensor(pos)
         end = cache.max_len if fixed else pos + seqlen
-        keys = torch.arange(end, device=tokens.device)
         slots = pos if fixed else slice(pos, end)
         positions, mask, pad = slots, None, cache and cache.pad
+        ends = [sum(tails[: i + 1]) - sum(tails) - 1 for i in range(len(tails))]
         if seqlen > 1 or fixed or pad is not None:
+            keys = torch.arange(end, device=tokens.device)
             queries = keys[slots]  # (seqlen,)
             hidden = keys > queries[:, None]  # (seqlen, end): causal
+            if len(tails) > 1:
+                sizes, n = torch.tensor(tails, device=tokens.device), sum(tails)
+                starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (n,)
+                hidden[-n:, -n:] |= starts[:, None] != starts
+                positions = queries.clone()
+                positions[-n:] -= starts
             if pad is not None:
                 positions = (queries - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
                 hole = keys < pad[:, None, None, None]
                 # a padding token sees itself, so that its softmax has something to normalise
                 hidden = (hidden | hole) & (keys != queries[:, None])  # (bsz, 1, seqlen, end)
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-        tables = self.rope(keys) if cache is None else cache.rope
+        tables = self.rope(torch.arange(end, device=self.device)) if cache is None else cache.rope
         rope = [table[positions] for table in tables]
         skips = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
         if len(skips) != len(self.layers):
             raise ValueError(f"skip: expected ({len(self.layers)}, 2), found {tuple(skip.shape)}")
-        x = F.embedding(tokens, self.embed.weight)  # (bsz, seqlen, dim)
+        x = F.embedding(tokens.flatten(), self.embed.weight)  # (bsz * seqlen, dim)
         for i, layer in enumerate(self.layers):
             for sub in (0, 1):
                 skipped, before = skips[i][sub], x
@@ -390,13 +409,16 @@ class Llama(nn.Module):
                     continue
                 if sub == 0:
                     kv = None if cache is None else cache.layers[i][:, :, :end]
-                    x = x + layer.attention(layer.attention_norm(x), rope, mask, kv, slots)
+                    x = x + layer.attention(layer.attention_norm(x), bsz, rope, mask, kv, slots)
                 else:
                     x = x + layer.ffn(layer.ffn_norm(x))
                 if probe is not None:
-                    probe(i, sub, before, x)
-        x = self.norm(x[:, -1:] if last else x)
-        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+                    probe(i, sub, *(stream.view(bsz, seqlen, -1) for stream in (before, x)))
+        if tails:
+            x = x.view(bsz, seqlen, -1)[:, ends].flatten(0, 1)
+        x = self.norm(x)
+        logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return logits.view(bsz, -1, self.args.vocab_size)
 
     def parts(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         """(module, {name in a Hugging Face checkpoint: tensor or view}) of all that has weights."""
@@ -436,10 +458,7 @@ class Llama(nn.Module):
         model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
         for module, named in model.parts():
             for name, target in named.items():
-                tensor = read_tensor(files[name][0], name)
-                finite = all(torch.isfinite(end) for end in tensor.aminmax())
-                expect(finite, f"{files[name][0]}: '{name}' has NaN or Inf weights")
-                target.copy_(tensor)
+                target.copy_(read_tensor(files[name][0], name))
             if pack and isinstance(module, Linear):
                 module.pack()
         return model
@@ -453,16 +472,14 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with open(path, "rb") as f:
             lfs = f.read(24).startswith(b"version https://git-lfs")
-        expect(not lfs, f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull`")
         with safe_open(path, "pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (OSError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(f"{path!s:.300}: cannot be read ({e!s:.100})") from None
     except SafetensorError as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+        why = "a Git LFS pointer; run `git lfs pull`" if lfs else e
+        raise InputError(f"{path}: not a whole safetensors file ({why})") from None
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -512,4 +529,7 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor; the file is opened anew, so that pages mapped before go back to the system."""
     with safe_open(file, "pt") as f:
-        return f.get_tensor(name)
+        tensor = f.get_tensor(name)
+    finite = all(torch.isfinite(end) for end in tensor.aminmax())
+    expect(finite, f"{file}: '{name}' has NaN or Inf weights")
+    return tensor

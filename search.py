@@ -11,26 +11,30 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
     python search.py --out plan.json --epsilon 0.01
 """
 
+from data import cli  # first, so that Ctrl-C is one line while torch is still loading
+
+# isort: split
 import itertools
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from statistics import mean, median, quantiles
+from statistics import mean, median
 
+import numpy
 import torch
+from torch import Tensor
 
-from data import cli
 from data.plan import journal_of, write_plans
 from data.prompts import STAGES, find_answer
-from data.questions import Question, locate, read_questions
+from data.questions import Question
 from data.report import meets, print_full, print_scan
-from data.setup import IMPORTANCE_QUESTIONS, check_fits, importance_of, load
-from generate import Exit, Pipeline, Stage, StaticStep, pick, prefill, read
-from model import InputError, KVCache, Llama, expect
+from data.setup import IMPORTANCE_QUESTIONS, importance_of, load, load_questions
+from generate import Exit, Pipeline, Stage, generate_batch
+from model import KVCache, expect
 from skip import Importance, Setting, litestage, rank
 
 THRESHOLDS = (0.5, 0.0, 0.4, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
-ROUNDS = 25  # in which the step times of all budgets are measured in turn
+KNOTS, ROUNDS, TIMED = 9, 15, 6  # budgets and rounds in which so many steps are timed
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 
 # What is searched: a budget for each stage, and the exit's threshold. A trial is a point's outcome
@@ -92,64 +96,61 @@ def refine(evaluate: Evaluate, point: Point, budgets, target: float, time_left: 
 # ---------------------------------------------------------------- step 1: measuring
 
 
-def new_tokens(stages: list[Stage], index: int) -> int:
-    """Prompt tokens that stage `index` prefills, the rest being in the cache from the last one."""
-    before = stages[index - 1].prompt_tokens if index else 0
-    return max(stages[index].prompt_tokens - before, 1)
+def new_tokens(stages: list[Stage]) -> list[int]:
+    """Prompt tokens that each stage prefills, the rest being in the cache from the one before."""
+    lengths = [stage.prompt_tokens for stage in stages]
+    return [max(now - before, 1) for before, now in zip([0, *lengths], lengths)]
 
 
-@torch.inference_mode()
-def measure_steps(model: Llama, cache: KVCache, tokens, pos: int, masks: list, compiled: bool):
-    """(seconds of a decoding step under every mask, their relative noise); tokens: (bsz,) at pos.
-
-    All masks take turns in each of ROUNDS rounds, and each time is divided by that of the first
-    mask in the same round, so that a slow minute of the machine does not favour anyone.
+def time_steps(pipeline: Pipeline, question: Question, stages: list[Stage], masks) -> list:
+    """Seconds of a decoding step in each stage of a question under every mask: the median of TIMED
+    steps of a generation, which is where they happen. NaN if the prompt does not fit the context.
     """
-    rounds, step = [], StaticStep(model, len(tokens), pos + 1) if compiled else None
-    for _ in range(ROUNDS + 1):
-        times = []
-        for mask in masks:
-            replay = step and step.load(cache, tokens, pos, mask)
-            begin = time.perf_counter()
-            if step:
-                replay()
-                read(step.tokens, step.confidences)
-            else:
-                read(*pick(model(tokens[:, None], cache, pos, mask)[:, -1]))
-            times.append(time.perf_counter() - begin)
-        rounds.append(times)
-    rounds = rounds[1:]  # the first one warms up
-    ratios = [[t / times[0] for t, times in zip(column, rounds)] for column in zip(*rounds)]
-    full = median(times[0] for times in rounds)
-    spread = [quantiles(column)[2] - quantiles(column)[0] for column in ratios]
-    return [full * median(column) for column in ratios], median(spread) / ROUNDS**0.5
+    model, said, times = pipeline.model, [stage.texts for stage in stages], []
+    for index in range(len(STAGES)):
+        group = KVCache(model, 1, 0), pipeline.prompt_ids(index, question, said)
+        runs = [
+            generate_batch(model, [group], TIMED + 1, skip=mask, static=pipeline.static)[0]
+            for mask in [masks[0], *masks]  # the first one warms up
+        ]
+        times.append([median(run.timings.step_s or [math.nan]) for run in runs[1:]])
+    return times
+
+
+def relative_noise(times: Tensor) -> float:
+    """Of medians over the first dimension: the quartiles' distance by the median and sqrt(n)."""
+    low, middle, high = times.nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+    return float(((high - low) / middle).nanmean().nan_to_num()) / len(times) ** 0.5
 
 
 def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> dict:
     """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
-    budget at a typical question, seconds per prefilled token of every stage, noise."""
-    model = pipeline.model
-    importance, answered = importance_of(pipeline, questions, batch=1)
+    budget, seconds per prefilled token of every stage, and how noisy these times are.
+
+    Steps are timed at KNOTS budgets and interpolated in between, for a step takes the sum of what
+    its sub-layers take. In each of ROUNDS rounds, a question each, these budgets take turns, and
+    each time is divided by the full model's of that round, so that a slow minute of the machine
+    favours none.
+    """
+    n_sublayers = 2 * pipeline.model.args.n_layers
+    importance, answered = importance_of(pipeline, questions[:IMPORTANCE_QUESTIONS], batch=1)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity)
-    masks = [litestage(setting, budget) for budget in range(2 * model.args.n_layers + 1)]
-    by_length = sorted(zip(answered, questions), key=lambda a: sum(s.tokens for s in a[0]))
-    stages, question = by_length[len(by_length) // 2]
-    said = [stage.texts for stage in stages]
-    step_s, noise = [], []
-    for index in cli.progress(range(len(STAGES)), "step times"):
-        prompts = pipeline.prompt_ids(index, question, said)
-        cache, _ = prefill(model, [(KVCache(model, 1, 0), prompts)], 1)
-        tokens = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)
-        pos, compiled = max(map(len, prompts)), pipeline.static is not None
-        times = measure_steps(model, cache, tokens, pos, masks, compiled)
-        step_s.append(times[0])
-        noise.append(times[1])
-    token_s = [
-        median(done[i].timings.prefill_s / new_tokens(done, i) for done in answered)
-        for i in range(len(STAGES))
-    ]
-    table = {key: value.tolist() for key, value in asdict(importance).items()}
-    return {"importance": table, "step_s": step_s, "token_s": token_s, "noise": mean(noise)}
+    knots = sorted({n_sublayers * i // (KNOTS - 1) for i in range(KNOTS)})
+    masks = [litestage(setting, knot) for knot in knots]
+    rounds = itertools.islice(itertools.cycle(zip(questions, answered)), ROUNDS)
+    rounds = cli.progress(rounds, "step times", total=ROUNDS)
+    times = torch.tensor([time_steps(pipeline, *each, masks) for each in rounds])
+    full_s = times[:, :, :1]  # (ROUNDS, stages, 1)
+    step_s = full_s.nanmedian(0).values * (times / full_s).nanmedian(0).values  # (stages, knots)
+    budgets = range(n_sublayers + 1)
+    prefill_s = torch.tensor([[stage.timings.prefill_s for stage in each] for each in answered])
+    token_s = prefill_s / torch.tensor([new_tokens(stages) for stages in answered])
+    return {
+        "importance": {key: value.tolist() for key, value in importance._asdict().items()},
+        "step_s": [numpy.interp(budgets, knots, row).tolist() for row in step_s.nan_to_num()],
+        "token_s": token_s.median(0).values.tolist(),
+        "noise": max(relative_noise(times / full_s), relative_noise(token_s)),
+    }
 
 
 class Evaluator:
@@ -164,8 +165,7 @@ class Evaluator:
         self.pipeline, self.questions = pipeline, questions
         self.journal, self.args = journal, args
         self.measured = journal.find("measured")[0]
-        table = self.measured["importance"]
-        importance = Importance(**{key: torch.tensor(value) for key, value in table.items()})
+        importance = Importance(*map(torch.tensor, self.measured["importance"].values()))
         ranking = rank(importance.similarity, args.granularity)
         self.setting = Setting(importance, ranking, args.granularity)
         self.caches = [KVCache(pipeline.model, 1, 0) for _ in range(BATCH)]
@@ -209,8 +209,9 @@ class Evaluator:
             if at_best / n < target - 1e-9:
                 break
         # a stage's latency: its new prompt tokens and its steps, at the seconds measured up front
+        prefilled = [mean(column) for column in zip(*map(new_tokens, done))]
         stage_s = [
-            self.measured["token_s"][i] * mean(new_tokens(stages, i) for stages in done)
+            self.measured["token_s"][i] * prefilled[i]
             + self.measured["step_s"][i][budget] * mean(stages[i].steps for stages in done)
             for i, budget in enumerate(point[0])
         ]
@@ -270,31 +271,21 @@ def main() -> None:
     n_sublayers = 2 * pipeline.model.args.n_layers
     last = args.max_budget or n_sublayers - 2
     expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
-    file = locate(args.data, "valid")
-    questions = read_questions(file)[: args.limit]
-    check_fits(pipeline, questions, file)
-
+    file, questions = load_questions(args, pipeline, "valid", args.limit)
     journal, key = journal_of(args, pipeline, folder, file, len(questions))
     if not journal.find("measured"):
-        few = questions[:IMPORTANCE_QUESTIONS]
         journal.append("key", key)
-        journal.append("measured", measure(pipeline, few, args.granularity))
-    try:
-        evaluator = Evaluator(pipeline, questions, journal, args)
-    except (KeyError, TypeError) as e:
-        raise InputError(f"{journal.path}: not a journal of search.py ({e!r}); delete it") from None
+        journal.append("measured", measure(pipeline, questions, args.granularity))
+    evaluator = Evaluator(pipeline, questions, journal, args)
     full = evaluator(FULL, 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
-    print_full(full, order)
+    print_full(full, order, evaluator.measured["noise"])
     found = {}
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
         budgets, target = list(range(0, last + 1, args.step)), full["accuracy"] - epsilon
         point, log = find_plan(evaluator, order, budgets, target)
-        exit = Exit(args.exit_window, point[1])._asdict() if point[1] else None
-        chosen = evaluator(point, 0.0)
-        own = {"epsilon": epsilon, "budgets": point[0], "exit": exit, "chosen": chosen}
-        found[epsilon] = {**own, "trials": log}
+        found[epsilon] = evaluator(point, 0.0), log
     write_plans(args, key, evaluator, full, found)
     run, took = sum(cli.gather(evaluator.generated)), time.monotonic() - began
     print(f"\n{run} question-stages generated, naively {evaluator.naive}; {took:.0f} s")

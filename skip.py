@@ -10,6 +10,7 @@ returns one. A budget is the number of sub-layers that a skip set leaves out.
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,13 @@ def whole_layers(layers: Iterable[int], n_layers: int) -> Tensor:
 # ---------------------------------------------------------------- importance
 
 
+class Importance(NamedTuple):
+    """What is known of the sub-layers, each (n_layers, 2): mean similarity and mean norm ratio."""
+
+    similarity: Tensor
+    ratio: Tensor
+
+
 class Similarity:
     """A probe for `Llama.forward`: how much every sub-layer changes the residual stream.
 
@@ -55,18 +63,8 @@ class Similarity:
         self.sums[1, layer, sub] += (after.norm(dim=-1) / before.norm(dim=-1)).mean().item()
         self.counts[layer, sub] += 1
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """similarity and ratio, each (n_layers, 2)."""
-        similarity, ratio = self.sums / self.counts.clamp(min=1)
-        return similarity, ratio
-
-
-@dataclass(frozen=True)
-class Importance:
-    """What is known of the sub-layers, each (n_layers, 2): mean similarity and mean norm ratio."""
-
-    similarity: Tensor
-    ratio: Tensor
+    def means(self) -> Importance:
+        return Importance(*(self.sums / self.counts.clamp(min=1)))
 
 
 @torch.inference_mode()
@@ -80,8 +78,8 @@ def measure_importance(model: Llama, prompts: Iterable[list[list[int]]]) -> Impo
     probe = Similarity(model.args.n_layers)
     for stages in prompts:
         for ids in stages:
-            model(torch.tensor([ids], device=model.device), probe=probe, last=True)
-    return Importance(*probe.means())
+            model(torch.tensor([ids], device=model.device), probe=probe, tails=[1])
+    return probe.means()
 
 
 def rank(similarity: Tensor, granularity: str = "sublayer") -> list[SubLayer]:

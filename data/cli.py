@@ -6,6 +6,7 @@ python eval.py -h
 import argparse
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data import stop
 from model import DTYPES, InputError
 from skip import POLICIES
 
@@ -206,6 +208,8 @@ def make_parser(doc: str, *flags: str) -> Parser:
 def run(main: Callable[[], None]) -> None:
     """Runs a command: a user's mistake or Ctrl-C is one line on stderr, a closed pipe none."""
     try:
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if rank()[0] > 0 or sys.stdout is None:
             sys.stdout = open(os.devnull, "w")
         main()

@@ -96,9 +96,14 @@ def journal_of(args, pipeline: Pipeline, folder: Path, file: Path, n: int) -> tu
 def write_plans(args, key: dict, evaluator, full: dict, found: dict[float, dict]) -> None:
     """Writes and prints a plan for every epsilon. The first that --epsilon lists is the plan, with
     the whole frontier in it; the others lie beside it, named by their epsilon."""
-    keys = ("epsilon", "budgets", "exit", "chosen")
-    frontier = [{key: found[epsilon][key] for key in keys} for epsilon in sorted(found)]
-    for epsilon, own in found.items():
+    frontier = []
+    for epsilon, (chosen, _) in sorted(found.items()):
+        exit = Exit(args.exit_window, chosen["threshold"])
+        exit = exit._asdict() if exit.threshold else None
+        own = {"epsilon": epsilon, "budgets": chosen["budgets"], "exit": exit, "chosen": chosen}
+        frontier.append(own)
+    for own in frontier:
+        epsilon = own["epsilon"]
         first = epsilon == args.epsilon[0]
         name = args.out.name if first else f"{args.out.stem}-{epsilon:g}{args.out.suffix}"
         plan = {
@@ -113,6 +118,7 @@ def write_plans(args, key: dict, evaluator, full: dict, found: dict[float, dict]
             "full": full,
             "command": shlex.join(["python", *sys.argv]),
             **own,
+            "trials": found[epsilon][1],
         }
         print_plan(args.out.with_name(name), plan)
         if rank()[0] == 0:

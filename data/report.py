@@ -166,11 +166,16 @@ def print_report(report: dict) -> None:
         print(f"latencies: {report['ranks']} processes at once, batches of {report['batch']}")
 
 
-def print_full(full: dict, order: Sequence[int]) -> None:
+def print_full(full: dict, order: Sequence[int], noise: float) -> None:
     """The full model on the validation questions, and the order in which stages are searched."""
-    slowest = ", ".join(f"{STAGES[i]} {1e3 * full['stage_s'][i]:.2f} ms" for i in order)
+    took = full["stage_s"]
+    slowest = ", ".join(f"{STAGES[i]} {1e3 * took[i]:.2f} ms" for i in order)
     print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
-    print(f"slowest stage first: {slowest}")
+    print(f"slowest stage first: {slowest} (measuring noise: {noise:.1%})")
+    for slower, faster in zip(order, order[1:]):
+        if took[slower] <= took[faster] * (1 + noise):
+            both = f"{STAGES[slower]} and {STAGES[faster]}"
+            print(f"{both} are equally slow, within the noise: another run may swap them")
 
 
 def meets(trial: dict, target: float) -> bool:

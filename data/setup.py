@@ -126,11 +126,14 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     return setting, budgets, exit, plan
 
 
-def check_fits(pipeline: Pipeline, questions: list[Question], file: Path) -> None:
-    """Raises InputError unless a question's first prompt fits the model's context."""
-    context = pipeline.model.args.max_seq_len
+def load_questions(args, pipeline: Pipeline, split: str, limit: int | None):
+    """(the file, its first `limit` questions) of --data and a split. Raises InputError unless a
+    question's first prompt fits the model's context."""
+    file, context = locate(args.data, split), pipeline.model.args.max_seq_len
+    questions = read_questions(file)[:limit]
     fits = any(len(pipeline.prompt_ids(0, q, [])[0]) <= context for q in questions)
     expect(fits, f"{file}: every prompt is longer than the model's context of {context} tokens")
+    return file, questions
 
 
 def read_shots(args: argparse.Namespace) -> str:

@@ -13,9 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import cli
-from data.questions import locate, read_questions
 from data.report import describe, make_report, print_runs
-from data.setup import configure, load
+from data.setup import configure, load, load_questions
 from eval import evaluate, make_run
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     args.compare = True  # that is, the importance is needed
     pipeline, folder = load(args)
     setting, *_ = configure(args, pipeline, folder)
-    questions = read_questions(locate(args.data, args.split))[: args.limit]
+    _, questions = load_questions(args, pipeline, args.split, args.limit)
     runs = [make_run("full", setting, [0, 0, 0])]
     for stage in range(3):
         for budget in range(args.step, 2 * setting.n_layers, args.step):

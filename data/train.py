@@ -1,4 +1,4 @@
-"""Train a Llama on the three stages: from scratch (the demo) or from any checkpoint.
+r"""Train a Llama on the three stages: from scratch (the demo) or from any checkpoint.
 
 Every question with its "recall" and "analyze" texts becomes one sequence, exactly the stage prompts
 of data/prompts.py; only what a stage generates is learned, and the last token of each such segment
@@ -11,7 +11,8 @@ so that skipping them later costs less. Whatever is random in a step depends on 
 step's number alone; a run that was killed continues where it last saved when the same command
 is given again, and ends with the same weights.
 
-    python data/train.py --model data/demo/model --data data/demo/train.jsonl --out tuned --steps 20
+    python data/train.py --model data/demo/model --data data/demo/train.jsonl \
+        --out tuned --steps 20
 """
 
 import json
@@ -25,6 +26,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.cli import make_parser, run, write_json  # first, for Ctrl-C: torch takes a second to load
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -32,9 +38,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.cli import Parser, run, write_json
 from data.prompts import base_prompt
 from data.questions import Question, read_questions
 from generate import Tokenizer
@@ -242,7 +245,7 @@ def copy_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder to start from")
     add("--scratch", action="store_true", help="random weights; --model needs no weights then")

@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import cli
 from data.plan import journal_of, read_plan
-from data.questions import locate, read_questions
 from data.report import print_scan
-from data.setup import load
+from data.setup import load, load_questions
 from generate import Exit
 from model import expect
 from search import Evaluator
@@ -29,8 +28,7 @@ def main() -> None:
     pipeline, folder = load(args)
     n_sublayers = 2 * pipeline.model.args.n_layers
     plan = read_plan(args.out, folder, n_sublayers // 2)
-    file = locate(args.data, "valid")
-    questions = read_questions(file)[: args.limit]
+    file, questions = load_questions(args, pipeline, "valid", args.limit)
     journal, _ = journal_of(args, pipeline, folder, file, len(questions))
     found = f"{journal.path}: no step times; run search.py with the same flags first"
     expect(bool(journal.find("measured")), found)

@@ -379,12 +379,14 @@ def test_a_rows_tokens_do_not_depend_on_the_other_rows(llama, skip, order):
 
 @pytest.mark.parametrize("skip", [None, *SKIPS])
 def test_prompts_of_a_group_share_their_beginning(llama, calls, skip):
-    """What a group has in common is computed once; the tokens are those of single rows."""
+    """What a group has in common is computed once, in one forward with what follows it in each
+    prompt; the tokens are those of single rows."""
     expected = [generate(llama, prompt, 12, skip=skip)[:2] for prompt in COMMON]
     calls.clear()
     found = generate_batch(llama, [(KVCache(llama, 1, 0), COMMON)], 12, (), skip)
     assert [row[:2] for row in found] == expected
-    assert [call[:2] for call in calls[:2]] == [(1, 6), (3, 9)]
+    tails = sum(len(prompt) - 6 for prompt in COMMON)
+    assert [call[:2] for call in calls[:2]] == [(1, 6 + tails), (3, 1)]
 
 
 @pytest.mark.parametrize(
@@ -440,7 +442,7 @@ def test_finished_rows_leave_the_batch(make_chain, calls):
     llama = make_chain(COUNT)
     found = batch(llama, [[9], [5], [7]], 20, {11: False})
     assert [row.ids for row in found] == [[10], [6, 7, 8, 9, 10], [8, 9, 10]]
-    assert [bsz for bsz, seqlen, _ in calls] == [3, 3, 2, 2, 1, 1], "a prefill and five steps"
+    assert [bsz for bsz, seqlen, _ in calls] == [1, 1, 1, 3, 2, 2, 1, 1], "prefills, five steps"
 
 
 def test_each_row_has_its_own_exit_and_its_own_context(make_chain):
@@ -637,12 +639,11 @@ def test_what_all_layers_have_prefilled_is_not_prefilled_again(llama, tokenizer,
         [tokenizer.encode(text) for text in stage_prompts(i, SOUP, said)] for i in range(3)
     )
     both = len(os.path.commonprefix(options))
-    tail = max(map(len, options)) - both
+    tails = sum(len(option) - both for option in options)
     assert prefilled == [
         len(first[0]),
-        both - len(os.path.commonprefix([first[0], options[0][:both]])),
-        5 * tail,
-        len(last[0]) - len(os.path.commonprefix([last[0], options[0][:both]])),
+        both - len(os.path.commonprefix([first[0], options[0][:both]])) + tails,
+        len(last[0]) - len(os.path.commonprefix([last[0], options[0]])),
     ]
     assert sum(prefilled) < len(first[0]) + sum(map(len, options)) + len(last[0])
     assert sum(decoded) == sum(stage.tokens for stage in stages) - 7, "all but each text's first"
@@ -681,9 +682,10 @@ def test_after_worked_examples_a_stage_ends_with_its_line(
     assert ids[: len(line)] == line and len(set(ids)) == len(ids)
     following = dict(zip(ids, ids[1:] + [1]))  # then the end token
 
-    def forward(self, tokens, *args, **kwargs):
-        nexts = [following.get(last, ids[0]) for last in tokens[:, -1].tolist()]
-        return 9.0 * torch.nn.functional.one_hot(torch.tensor(nexts), 320)[:, None].float()
+    def forward(self, tokens, *args, tails=(1,)):
+        ends = torch.tensor(tails).cumsum(0) - sum(tails) - 1
+        nexts = [[following.get(last, ids[0]) for last in row] for row in tokens[:, ends].tolist()]
+        return 9.0 * torch.nn.functional.one_hot(torch.tensor(nexts), 320).float()
 
     monkeypatch.setattr(Llama, "forward", forward)
     rows = len(SOUP.options) if index == 1 else 1

@@ -283,9 +283,27 @@ def test_rows_padded_on_the_left_equal_single_rows(llama):
 
 def test_only_the_last_logits_on_request(llama):
     tokens = random_tokens(2, 9)
-    logits = llama(tokens, last=True)
+    logits = llama(tokens, tails=[1])
     assert logits.shape == (2, 1, 320)
     assert distance(logits, llama(tokens)[:, -1:]) < 1e-5
+
+
+@pytest.mark.parametrize("pos", [0, 5])
+def test_tails_continue_what_stands_before_them_and_see_no_other(llama, pos):
+    """One forward over a beginning and three tails, after 0 or 5 cached tokens, gives the logits
+    that follow each text alone; the first tail's slots are those of its text."""
+    start, tails = random_tokens(1, 9), [random_tokens(1, n, seed=n) for n in (3, 1, 4)]
+    cache = KVCache(llama, 1, 40)
+    if pos:
+        llama(start[:, :pos], cache)
+    tokens = torch.cat([start[:, pos:], *tails], 1)
+    logits = llama(tokens, cache, pos, tails=[tail.shape[1] for tail in tails])
+    texts = [torch.cat([start, tail], 1) for tail in tails]
+    expected = torch.cat([llama(text)[:, -1:] for text in texts], 1)
+    assert logits.shape == (1, 3, 320) and distance(logits, expected) < 1e-5
+    more = random_tokens(1, 2, seed=7)
+    follows = llama(more, cache, 12)
+    assert distance(follows, llama(torch.cat([texts[0], more], 1))[:, 12:]) < 1e-5
 
 
 def test_debug_mode_shows_a_hole_that_is_read(llama, monkeypatch):
@@ -398,19 +416,53 @@ def test_the_probe_sees_every_sublayer_that_runs(folder, llama):
 # ---------------------------------------------------------------- packed weights, memory, stories
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, KINDS["biases"]], ids=["plain", "biases"])
-def test_packed_weights_compute_the_same(make_checkpoint, monkeypatch, changes, dtype):
-    if not module.packable(torch.zeros(8, 8, dtype=dtype)):
-        pytest.skip("this build of PyTorch or this processor cannot pack")
+def processor(monkeypatch, avx512: bool) -> None:
+    """Packs as on a processor with or without AVX-512 and its bfloat16."""
+    if avx512 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no AVX-512 with bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(module, "PACK_FROM", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, KINDS["biases"]], ids=["plain", "biases"])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_packed_weights_compute_the_same(make_checkpoint, monkeypatch, changes, dtype, avx512):
+    processor(monkeypatch, avx512)
     folder = make_checkpoint(dtype=dtype, **changes)
     packed, loose = (Llama.from_pretrained(folder, pack=pack) for pack in (True, False))
-    packs = [m.packed for m in packed.modules() if isinstance(m, module.Linear)]
-    assert len(packs) == 4 * 3 + 1 and all(pack is not None for pack in packs)
+    if module.packed_product(torch.zeros(8, 8, dtype=dtype), None) is None:
+        pytest.skip("this build of PyTorch cannot pack")
+    linears = [m for m in packed.modules() if isinstance(m, module.Linear)]
+    assert len(linears) == 4 * 3 + 1 and all(m.packed and m.weight is None for m in linears)
     for tokens in (random_tokens(2, 24), random_tokens(1, 1)):
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         assert relative(packed(tokens), loose(tokens).double()) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_a_packed_product_gives_a_row_the_same_whatever_rows_stand_beside_it(
+    monkeypatch, dtype, avx512
+):
+    processor(monkeypatch, avx512)
+    draw = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 64, generator=draw).to(dtype) for n in (96, 24))
+    product = module.packed_product(weight, None)
+    if product is None:
+        pytest.skip("this build of PyTorch cannot pack")
+    if dtype == torch.float32 and not avx512:
+        pytest.skip("one row has a product of its own, which rounds otherwise")
+    rows = torch.cat([product(x[i : i + 1]) for i in range(24)])
+    for n in (1, 2, 3, 4, 7, 24):
+        assert torch.equal(product(x[:n]), rows[:n]), n
+
+
+def test_weights_that_float16_cannot_hold_are_not_packed_as_such(monkeypatch):
+    processor(monkeypatch, avx512=False)
+    weight = torch.full((8, 8), 1e5, dtype=torch.bfloat16)
+    assert module.packed_product(weight, None) is None
 
 
 @pytest.fixture

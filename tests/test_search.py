@@ -3,13 +3,14 @@
 import json
 
 import pytest
-import torch
 from damage import question, write_questions
 
 import search
 from data.cli import Journal
-from generate import prefill
-from model import KVCache, Llama
+from data.questions import parse_question as read_question
+from data.report import print_full
+from generate import Pipeline, Tokenizer
+from model import Llama
 from search import best, greedy, refine
 from skip import mask_of
 
@@ -201,14 +202,41 @@ def test_trials_are_abandoned_only_when_the_target_is_out_of_reach(
             assert one["accuracy"] < plan["full"]["accuracy"] - plan["epsilon"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_step_times_are_measured_for_every_mask(folder, monkeypatch, compiled):
+@pytest.mark.parametrize("static", [None, {}], ids=["plain", "recorded"])
+def test_step_times_are_measured_in_every_stage_under_every_mask(folder, static):
     """With and without recorded steps; how long they take is the machine's affair."""
-    monkeypatch.setattr(search, "ROUNDS", 5)
-    llama = Llama.from_pretrained(folder)
-    prompts = [[1, 2, 3], [4, 5]]
-    cache, _ = prefill(llama, [(KVCache(llama, 1, 0), prompts)], 1)
+    pipeline = Pipeline(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder), 8)
+    pipeline.static = static
+    asked = read_question(question(0))
+    ((_, stages),) = pipeline.answer([asked])
     masks = [mask_of([], 3), mask_of([(i, sub) for i in range(3) for sub in (0, 1)], 3)]
-    tokens = torch.tensor([3, 5])
-    times, noise = search.measure_steps(llama, cache, tokens, 3, masks, compiled)
-    assert len(times) == 2 and min(times) > 0 and noise >= 0
+    times = search.time_steps(pipeline, asked, stages, masks)
+    assert [len(row) for row in times] == [2, 2, 2] and min(map(min, times)) > 0
+
+
+def test_step_times_between_the_measured_budgets_are_interpolated(folder, monkeypatch):
+    """And a slow round does not count; here a step takes 10 - its budget, and one round tenfold."""
+    slow = iter([1, 1, 10, 1, 1])
+    monkeypatch.setattr(search, "ROUNDS", 5)
+    monkeypatch.setattr(search, "KNOTS", 3)
+
+    def times(pipeline, question, stages, masks):
+        assert [int(mask.sum()) for mask in masks] == [0, 3, 6]
+        factor = next(slow)
+        return [[factor * (10.0 - int(mask.sum())) for mask in masks]] * 2 + [[float("nan")] * 3]
+
+    monkeypatch.setattr(search, "time_steps", times)
+    pipeline = Pipeline(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder), 8)
+    measured = search.measure(pipeline, [read_question(question(i)) for i in range(3)], "sublayer")
+    assert measured["step_s"][0] == pytest.approx([10, 9, 8, 7, 6, 5, 4])
+    assert measured["step_s"][2] == [0] * 7, "no prompt of that stage fits the context"
+    assert len(measured["token_s"]) == 3 and measured["noise"] >= 0
+
+
+def test_stages_that_are_equally_slow_within_the_noise_are_named(capsys):
+    full = {"accuracy": 1, "latency_s": 6, "stage_s": [1.01, 4, 1]}
+    print_full(full, [1, 0, 2], noise=0.02)
+    said = capsys.readouterr().out
+    assert "recall and summarize are equally slow" in said and "analyze and" not in said
+    print_full(full, [1, 0, 2], noise=0.005)
+    assert "equally slow" not in capsys.readouterr().out

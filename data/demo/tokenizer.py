@@ -1,8 +1,8 @@
 """Trains the demo's tokenizer, a byte-level BPE.
 
-The text is what the model sees: stage prompts and explanations, in the questions of the given
-files. Ids 0 and 1 are the begin and the end token; every text is encoded with the begin token
-first.
+The text is what the model sees: stage prompts and explanations, in the
+questions of the given files. Ids 0 and 1 are the begin and the end token;
+every text is encoded with the begin token first.
 
     python data/demo/tokenizer.py --data data/demo/train.jsonl --out tokenizer
 """

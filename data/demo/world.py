@@ -10,8 +10,10 @@ and which clearly do not; whatever is in neither list is a matter of opinion and
 A list is words: a kind stands for all its things, `@group` for several kinds, `-x` takes x (a
 thing, a kind or a group) out again, and an underscore stands for a space.
 
-    python data/demo/world.py          # counts, and what is known about every property
+    python data/demo/world.py     # counts, and what is known of every property
 """
+
+import argparse
 
 # kind: (plural, things). A leading "*" marks a name without an article: "gold is a metal".
 KINDS = {
@@ -627,6 +629,8 @@ def rule(name, kind):
 
 
 if __name__ == "__main__":
+    _raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=_raw).parse_args()
     print(f"{len(THINGS)} things, {len(KINDS)} kinds, {len(PROPERTIES)} properties")
     for _name in PROPERTIES:
         print(f"{_name}: {len(HAVE[_name])} yes, {len(LACK[_name])} no")
