@@ -77,21 +77,21 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
         shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
         ready = min(len(commonprefix([cache.tokens, prompts[0]])), shared)
         tails, slot = [prompt[shared:] for prompt in prompts], shared
-        size = shared + sum(map(len, tails)) + room
+        size = shared + sum(map(len, tails)) + (0 if batch else room)
+        cache.forget(ready)
         if cache.max_len < size:
             cache.grow(model, size)
-        cache.forget(ready)
         new = torch.tensor([sum(tails, prompts[0][ready:shared])], device=model.device)
-        row = sum(map(len, logits))
+        first = sum(map(len, logits))  # row of this group in the batch
         logits.append(model(new, cache, ready, tails=[len(tail) for tail in tails])[0])
-        cache.tokens = prompts[0]  # the first tail stands where it would stand alone
+        cache.tokens = prompts[0][:]  # the first tail stands where it would stand alone
         if batch is None:
             return cache, logits[0]
-        rows = []
-        for tail, hole in zip(tails, pad[row:]):  # a hole is masked, but must not be NaN
-            rows.append([0] * hole + [*range(shared), *range(slot, slot + len(tail))])
+        slots = []
+        for tail, holes in zip(tails, pad[first:]):  # a hole is masked, but must not be NaN
+            slots.append([0] * holes + [*range(shared), *range(slot, slot + len(tail))])
             slot += len(tail)
-        batch.copy_from(cache, torch.tensor(rows, device=model.device), row)
+        batch.copy_from(cache, torch.tensor(slots, device=model.device), first)
     return batch, torch.cat(logits)
 
 
@@ -134,7 +134,7 @@ class StaticStep:
         for mine, its in zip(self.cache.layers, cache.layers):
             mine[:, :, :pos] = its[:, :, :pos]
             mine[:, :, pos:] = 0  # masked, but a NaN would get through a mask
-        self.cache.pad.copy_(self.cache.pad * 0 if cache.pad is None else cache.pad)
+        self.cache.pad.copy_(torch.zeros_like(tokens) if cache.pad is None else cache.pad)
         self.tokens.copy_(tokens)
         self.pos.fill_(pos)
         return self.recorded[key]
@@ -200,14 +200,13 @@ def generate_batch(
         raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
     context = model.args.max_seq_len
     rows = [Row(len(prompt), exit) for _, prompts in groups for prompt in prompts]
-    fitting = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
-    fitting = [(cache, prompts) for cache, prompts in fitting if prompts]
+    fits = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
     active = [row for row in rows if 0 < row.length <= context]
     prefill_s, step_s, skipped, replay = 0.0, [], 0, None
     if active:
         begin = time.perf_counter()
         room, pos = min(max_new_tokens, context), max(row.length for row in active)
-        cache, logits = prefill(model, fitting, room)
+        cache, logits = prefill(model, [group for group in fits if group[1]], room)
         tokens, confidences = pick(logits, temperature)
         new = read(tokens, confidences)
         prefill_s = time.perf_counter() - begin
@@ -224,10 +223,10 @@ def generate_batch(
         keep = [i for i, row in enumerate(active) if row.stop is None]
         if not keep:
             break
+        begin = time.perf_counter()
         if len(keep) < len(active) and replay is None:  # a finished row costs nothing more
             active, tokens = [active[i] for i in keep], tokens[keep]
             cache.keep(keep)
-        begin = time.perf_counter()
         now = skip(len(step_s)) if callable(skip) else skip
         skipped += 0 if now is None else int(now.count_nonzero())
         if replay is not None:
@@ -246,7 +245,7 @@ def generate_batch(
 def generate(
     model, prompt_ids, max_new_tokens: int, eos_id=None, skip=None, exit=None, temperature=0.0
 ) -> Generation:
-    """Continues one prompt: prefill with all layers, decode under `skip`; (ids, stop, timings).
+    """Continues one prompt: prefill with all layers, decode under `skip`.
 
     eos_id: the token, or tokens, that end the text (not part of ids). skip: (n_layers, 2) mask of
     `model.Llama.forward`, or a function of the decoding step that gives one. exit: (window,

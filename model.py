@@ -229,6 +229,7 @@ class Attention(nn.Module):
         self.wo = Linear(q_dim, {"o_proj": args.dim}, args.attention_bias)
 
     def forward(self, x: Tensor, bsz: int, rope, mask, kv, slots) -> Tensor:
+        # x (bsz * seqlen, dim); mask ([bsz, 1,] seqlen, end), added to the scores; kv the cache
         heads, kv_heads = self.n_heads, self.n_kv_heads
         qkv = self.wqkv(x).view(bsz, -1, heads + 2 * kv_heads, self.head_dim)
         seqlen = qkv.shape[1]
@@ -371,24 +372,24 @@ class Llama(nn.Module):
             leaves the residual stream as it was, any other number multiplies it (AdaSkip's rho).
         probe: called as probe(layer, sub, before, after), the residual stream (bsz, seqlen, dim)
             around every sub-layer that runs.
-        tails: lengths of texts that the tokens end in: each continues what stands before the first
-            of them and sees no other; only the logits of their last tokens are computed.
+        tails: lengths of the texts the tokens end in, e.g. one per option. Each continues the
+            common beginning and sees no other; only their last tokens get logits. Not with pad.
         """
         (bsz, seqlen), fixed = tokens.shape, torch.is_tensor(pos)
         end = cache.max_len if fixed else pos + seqlen
         slots = pos if fixed else slice(pos, end)
         positions, mask, pad = slots, None, cache and cache.pad
-        ends = [sum(tails[: i + 1]) - sum(tails) - 1 for i in range(len(tails))]
+        lasts = [sum(tails[: i + 1]) - sum(tails) - 1 for i in range(len(tails))]
         if seqlen > 1 or fixed or pad is not None:
             keys = torch.arange(end, device=tokens.device)
             queries = keys[slots]  # (seqlen,)
-            hidden = keys > queries[:, None]  # (seqlen, end): causal
+            hidden = keys > queries[:, None]  # (seqlen, end): what is not seen; causal
             if len(tails) > 1:
                 sizes, n = torch.tensor(tails, device=tokens.device), sum(tails)
                 starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (n,)
                 hidden[-n:, -n:] |= starts[:, None] != starts
                 positions = queries.clone()
-                positions[-n:] -= starts
+                positions[-n:] -= starts  # every tail counts on from the common beginning
             if pad is not None:
                 positions = (queries - pad[:, None]).clamp(min=0)  # (bsz, seqlen)
                 hole = keys < pad[:, None, None, None]
@@ -415,7 +416,7 @@ class Llama(nn.Module):
                 if probe is not None:
                     probe(i, sub, *(stream.view(bsz, seqlen, -1) for stream in (before, x)))
         if tails:
-            x = x.view(bsz, seqlen, -1)[:, ends].flatten(0, 1)
+            x = x.view(bsz, seqlen, -1)[:, lasts].flatten(0, 1)
         x = self.norm(x)
         logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
         return logits.view(bsz, -1, self.args.vocab_size)

@@ -34,7 +34,7 @@ from model import KVCache, expect
 from skip import Importance, Setting, litestage, rank
 
 THRESHOLDS = (0.5, 0.0, 0.4, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
-KNOTS, ROUNDS, TIMED = 9, 15, 6  # budgets and rounds in which so many steps are timed
+KNOTS, ROUNDS, TIMED = 9, 15, 6  # step times: at so many budgets, in rounds of so many steps
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 
 # What is searched: a budget for each stage, and the exit's threshold. A trial is a point's outcome
@@ -97,7 +97,7 @@ def refine(evaluate: Evaluate, point: Point, budgets, target: float, time_left: 
 
 
 def new_tokens(stages: list[Stage]) -> list[int]:
-    """Prompt tokens that each stage prefills, the rest being in the cache from the one before."""
+    """By how much a stage's longest prompt is longer than the one before: token_s's unit."""
     lengths = [stage.prompt_tokens for stage in stages]
     return [max(now - before, 1) for before, now in zip([0, *lengths], lengths)]
 
@@ -118,7 +118,7 @@ def time_steps(pipeline: Pipeline, question: Question, stages: list[Stage], mask
 
 
 def relative_noise(times: Tensor) -> float:
-    """Of medians over the first dimension: the quartiles' distance by the median and sqrt(n)."""
+    """Of medians over n rows: the quartiles' distance by the median and sqrt(n), column means."""
     low, middle, high = times.nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
     return float(((high - low) / middle).nanmean().nan_to_num()) / len(times) ** 0.5
 
@@ -127,27 +127,26 @@ def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> 
     """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
     budget, seconds per prefilled token of every stage, and how noisy these times are.
 
-    Steps are timed at KNOTS budgets and interpolated in between, for a step takes the sum of what
-    its sub-layers take. In each of ROUNDS rounds, a question each, these budgets take turns, and
-    each time is divided by the full model's of that round, so that a slow minute of the machine
-    favours none.
+    Steps are timed at KNOTS budgets and interpolated, as if all sub-layers between two of them took
+    equally long. The budgets take turns in ROUNDS rounds, a question each, and each time is divided
+    by the full model's of that round, so that a slow minute of the machine favours none.
     """
     n_sublayers = 2 * pipeline.model.args.n_layers
     importance, answered = importance_of(pipeline, questions[:IMPORTANCE_QUESTIONS], batch=1)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity)
-    knots = sorted({n_sublayers * i // (KNOTS - 1) for i in range(KNOTS)})
+    sizes = [int(litestage(setting, budget).sum()) for budget in range(n_sublayers + 1)]
+    knots = sorted({sizes[n_sublayers * i // (KNOTS - 1)] for i in range(KNOTS)})
     masks = [litestage(setting, knot) for knot in knots]
     rounds = itertools.islice(itertools.cycle(zip(questions, answered)), ROUNDS)
     rounds = cli.progress(rounds, "step times", total=ROUNDS)
     times = torch.tensor([time_steps(pipeline, *each, masks) for each in rounds])
     full_s = times[:, :, :1]  # (ROUNDS, stages, 1)
     step_s = full_s.nanmedian(0).values * (times / full_s).nanmedian(0).values  # (stages, knots)
-    budgets = range(n_sublayers + 1)
     prefill_s = torch.tensor([[stage.timings.prefill_s for stage in each] for each in answered])
     token_s = prefill_s / torch.tensor([new_tokens(stages) for stages in answered])
     return {
         "importance": {key: value.tolist() for key, value in importance._asdict().items()},
-        "step_s": [numpy.interp(budgets, knots, row).tolist() for row in step_s.nan_to_num()],
+        "step_s": [numpy.interp(sizes, knots, row).tolist() for row in step_s.nan_to_num()],
         "token_s": token_s.median(0).values.tolist(),
         "noise": max(relative_noise(times / full_s), relative_noise(token_s)),
     }
@@ -165,7 +164,8 @@ class Evaluator:
         self.pipeline, self.questions = pipeline, questions
         self.journal, self.args = journal, args
         self.measured = journal.find("measured")[0]
-        importance = Importance(*map(torch.tensor, self.measured["importance"].values()))
+        tables = self.measured["importance"].items()
+        importance = Importance(**{k: torch.tensor(v, dtype=torch.float64) for k, v in tables})
         ranking = rank(importance.similarity, args.granularity)
         self.setting = Setting(importance, ranking, args.granularity)
         self.caches = [KVCache(pipeline.model, 1, 0) for _ in range(BATCH)]

@@ -1,7 +1,8 @@
 """What lies around the five modules.
 
-A command imports it first: from then on Ctrl-C ends the command with one line, until `cli.run`
-sees to that. Torch takes a second to import, and may swallow the exception of a Ctrl-C.
+A command, which is a script in this folder or the one above, imports it first: from then on Ctrl-C
+ends the command with one line, until `cli.run` sees to that. Torch takes a second to import, and
+may swallow the exception that Ctrl-C otherwise raises.
 """
 
 import os
@@ -18,7 +19,7 @@ def stop(*_) -> None:
     os._exit(130)
 
 
-_script = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
-if os.path.dirname(_script) in COMMANDS:
+_script = getattr(sys.modules["__main__"], "__file__", None)  # none in an interactive session
+if _script is not None and os.path.dirname(os.path.realpath(_script)) in COMMANDS:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)

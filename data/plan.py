@@ -19,7 +19,8 @@ from model import InputError, expect, read_json, weight_files
 from skip import Importance
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("model.py", "skip.py", "generate.py", "search.py", "data/prompts.py")
+CODE = [f"{name}.py" for name in ("model", "skip", "generate", "search")]
+CODE += [f"data/{name}.py" for name in ("prompts", "questions", "setup", "tokenizer")]
 
 
 def read_plan(path: Path, folder: Path, n_layers: int) -> dict:
@@ -83,7 +84,7 @@ def journal_of(args, pipeline: Pipeline, folder: Path, file: Path, n: int) -> tu
     model = pipeline.model
     key = {
         "model": {"name": args.model, **checkpoint_digests(folder)},
-        "data": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "data": hashlib.sha256(file.read_bytes() + pipeline.shots.encode()).hexdigest(),
         "n": n,
         "settings": [args.granularity, args.exit_window, args.max_new_tokens, args.shots],
         "code": digest_of(ROOT / name for name in CODE),
@@ -93,9 +94,10 @@ def journal_of(args, pipeline: Pipeline, folder: Path, file: Path, n: int) -> tu
     return Journal(Path(f"{args.out}.{digest[:12]}.journal")), key
 
 
-def write_plans(args, key: dict, evaluator, full: dict, found: dict[float, dict]) -> None:
-    """Writes and prints a plan for every epsilon. The first that --epsilon lists is the plan, with
-    the whole frontier in it; the others lie beside it, named by their epsilon."""
+def write_plans(args, key: dict, evaluator, full: dict, found: dict[float, tuple]) -> None:
+    """Writes and prints a plan for every epsilon in `found`: (chosen trial, all trials). The first
+    that --epsilon lists is the plan, with the whole frontier in it; the others lie beside it, named
+    by their epsilon."""
     frontier = []
     for epsilon, (chosen, _) in sorted(found.items()):
         exit = Exit(args.exit_window, chosen["threshold"])

@@ -16,11 +16,12 @@ from data.cli import progress
 from data.plan import ROOT, check_budgets, read_plan
 from data.prompts import STAGES, worked
 from data.questions import Question, locate, read_questions
-from generate import Exit, Pipeline, Tokenizer
+from data.tokenizer import Tokenizer
+from generate import Exit, Pipeline
 from model import DTYPES, InputError, Llama, expect, weight_files
 from skip import Importance, Setting, measure_importance, rank
 
-SMALL = 30_000_000  # parameters; below, products are too short to be shared among threads
+SMALL = 120_000_000  # bytes of weights; below, products are too short for several threads
 IMPORTANCE_QUESTIONS = 32  # enough: with more of the demo's the first half does not change
 
 
@@ -28,19 +29,20 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     """The checkpoint that --model, --device and --dtype name, ready to answer, and its folder."""
     folder = find_checkpoint(args.model)
     try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=args.device).device  # with its index
         expect(device.type != "meta", "--device meta: expected one that holds numbers")
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {args.device}: expected cpu or a cuda ({reason})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are recorded
     torch.manual_seed(args.seed)
-    check_memory(folder, device)
+    size = check_memory(folder, device)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Llama.from_pretrained(folder, device, DTYPES.get(args.dtype))
     sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.args.vocab_size}"
     expect(tokenizer.vocab_size <= model.args.vocab_size, f"{folder}: {sizes}")
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
+    if "OMP_NUM_THREADS" not in os.environ and size < SMALL:
         torch.set_num_threads(1)
     if args.compile and device.type != "cuda":
         print("--compile: no CUDA graphs without --device cuda; decoding as usual", file=sys.stderr)
@@ -48,8 +50,8 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     return Pipeline(model, tokenizer, args.max_new_tokens, read_shots(args), static), folder
 
 
-def check_memory(folder: Path, device: torch.device) -> None:
-    """Raises InputError if the weights are larger than the free memory of the device."""
+def check_memory(folder: Path, device: torch.device) -> int:
+    """The bytes of the weights. Raises InputError if the device has not so much memory free."""
     files = filter(os.path.isfile, weight_files(folder))  # a missing one is named when it is read
     needed = sum(map(os.path.getsize, files))
     if device.type == "cuda":
@@ -60,6 +62,7 @@ def check_memory(folder: Path, device: torch.device) -> None:
         free = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvail")), needed)
     figures = f"{needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"
     expect(needed <= free, f"{folder}: too large for {device}: {figures}")
+    return needed
 
 
 def find_checkpoint(name: str) -> Path:

@@ -10,8 +10,10 @@ import random
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -181,6 +183,33 @@ def test_ctrl_c_says_one_line_and_leaves_the_files_as_they_were(name, n, lines, 
         assert name == "search" and len(trials(journal)) == 3
         del after[journal.name]
     assert after == before
+
+
+LOADING = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, *args):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.path[0] = os.path.dirname(sys.argv[1])
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["eval", "search", "generate", "data/train", "data/sweep"])
+def test_ctrl_c_while_torch_is_loading_is_one_line(name):
+    path = str(ROOT / f"{name}.py")
+    run = [os.sys.executable, "-c", LOADING, path]
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, preexec_fn=restore)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_whoever_imports_our_code_keeps_their_own_ctrl_c():
+    code = "import signal, data; print(signal.getsignal(signal.SIGINT) is data.stop)"
+    run = [os.sys.executable, "-c", code]
+    assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_ctrl_c_while_a_report_takes_its_name_leaves_the_old_one(files):

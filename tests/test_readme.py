@@ -2,9 +2,12 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,6 +83,24 @@ def test_the_fork_example_is_short_and_runs(folder, tmp_path):
         [sys.executable, "-c", code, str(tmp_path), str(ROOT)], capture_output=True, text=True
     )
     assert done.stdout.strip() == "[[2, 1], [3, 1]]", done.stderr
+
+
+COMMANDS = ["eval", "search", "generate", "skip", "tests.bench"]
+COMMANDS += [f"data.{name}" for name in ("train", "sweep", "uniform", "figures", "prepare")]
+COMMANDS += [f"data.demo.{name}" for name in ("make", "tokenizer", "world")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_80_columns_and_shows_a_command(name, monkeypatch, capsys):
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [str(path), "-h"])
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and max(map(len, said.splitlines())) <= 80
+    assert re.search(r"^ +python |^python ", said, re.MULTILINE)
 
 
 def test_every_command_of_the_readme_is_one_that_exists():

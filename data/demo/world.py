@@ -1,14 +1,16 @@
 """The demo's closed world: everyday things, their kinds, and what is true of them.
 
-`KINDS` lists the things of each kind. `PROPERTIES` says, for each property, which things have it
-and which clearly do not; whatever is in neither list is a matter of opinion and never asked about:
+`KINDS` lists the things of each kind. `PROPERTIES` says, for each property,
+which things have it and which clearly do not; whatever is in neither list is a
+matter of opinion and never asked about:
 
     >>> from world import truth
-    >>> truth("can fly", "robin"), truth("can fly", "penguin"), truth("can fly", "chicken")
-    (True, False, None)
+    >>> [truth("can fly", thing) for thing in ("robin", "penguin", "chicken")]
+    [True, False, None]
 
-A list is words: a kind stands for all its things, `@group` for several kinds, `-x` takes x (a
-thing, a kind or a group) out again, and an underscore stands for a space.
+A list is words: a kind stands for all its things, `@group` for several kinds,
+`-x` takes x (a thing, a kind or a group) out again, and an underscore stands
+for a space.
 
     python data/demo/world.py     # counts, and what is known of every property
 """
