@@ -164,8 +164,7 @@ class Row:
 
     def __init__(self, length: int, exit: Exit | None):
         self.length, self.exit = length, exit
-        self.ids: list[int] = []
-        self.steps, self.stop = 0, None
+        self.ids, self.steps, self.stop = [], 0, None
         self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
 
     def take(self, token: int, confidence: float, ends, max_new_tokens: int, context: int) -> None:

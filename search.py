@@ -41,26 +41,28 @@ BATCH = 20  # questions generated side by side; latencies come from the measured
 # on the validation questions, a dict as the plan and the journal keep it: budgets, threshold,
 # accuracy, latency_s, stage_s, tokens, exit_rate, and abandoned (then accuracy is its upper bound).
 Point = tuple[tuple[int, int, int], float]
-Evaluate = Callable[[Point, float], dict]
 FULL: Point = ((0, 0, 0), 0.0)
 
 # ---------------------------------------------------------------- step 2: the search
 
 
-def best(trials: list[dict], target: float) -> dict | None:
-    """The fastest trial that meets the target; of equally fast ones that which skips less."""
+def best(trials: list[dict], target: float, noise: float = 0.0) -> dict | None:
+    """The fastest trial that meets the target; of those equally fast, within the relative noise,
+    the most accurate, then that which skips and exits less."""
     meeting = [trial for trial in trials if meets(trial, target)]
-    return min(meeting, key=lambda t: (t["latency_s"], sum(t["budgets"])), default=None)
+    fastest = min((trial["latency_s"] for trial in meeting), default=0.0)
+    top = [trial for trial in meeting if trial["latency_s"] <= fastest * (1 + noise)]
+    return min(top, key=lambda t: (-t["accuracy"], sum(t["budgets"]), t["threshold"]), default=None)
 
 
 def greedy(
-    evaluate: Evaluate, order, budgets, target, thresholds, show: Callable = lambda *_: None
+    evaluate: Callable, order, budgets, target, thresholds, show=lambda *_: None, noise=0.0
 ) -> Point:
     """LiteStage's stage-wise search (step 2): the chosen point.
 
     evaluate(point, target) tries a point. order: the stages, slowest first. budgets: what a scan
-    tries. thresholds: the first is kept in the scans, then the others are tried at the budgets
-    found. A stage of which no budget meets the target keeps 0. show hears of each scan.
+    tries; a stage of which none meets the target keeps 0. thresholds: the first is kept in the
+    scans, then all are tried at the budgets found; an exit must gain more than the noise.
     """
     point = (0, 0, 0), thresholds[0]
     for stage in [*order, None]:
@@ -70,14 +72,14 @@ def greedy(
             before, after = point[0][:stage], point[0][stage + 1 :]
             candidates = [((*before, budget, *after), point[1]) for budget in budgets]
         trials = [evaluate(candidate, target) for candidate in candidates]
-        chosen = best(trials, target)
+        chosen = best(trials, target, noise if stage is None else 0.0)
         if chosen is not None:
             point = tuple(chosen["budgets"]), chosen["threshold"]
         show(stage, trials, chosen)
     return point
 
 
-def refine(evaluate: Evaluate, point: Point, budgets, target: float, time_left: Callable) -> Point:
+def refine(evaluate: Callable, point: Point, budgets, target: float, time_left: Callable) -> Point:
     """Ours: descent from the greedy's point. Tries all points one budget off in any of the stages,
     so that one stage may give what another takes, and goes to the fastest that meets the target,
     until none is faster or time is up."""
@@ -103,9 +105,8 @@ def new_tokens(stages: list[Stage]) -> list[int]:
 
 
 def time_steps(pipeline: Pipeline, question: Question, stages: list[Stage], masks) -> list:
-    """Seconds of a decoding step in each stage of a question under every mask: the median of TIMED
-    steps of a generation, which is where they happen. NaN if the prompt does not fit the context.
-    """
+    """Seconds of a decoding step, the median of TIMED in a generation, in each stage of a question
+    under every mask; NaN if the prompt does not fit the context."""
     model, said, times = pipeline.model, [stage.texts for stage in stages], []
     for index in range(len(STAGES)):
         group = KVCache(model, 1, 0), pipeline.prompt_ids(index, question, said)
@@ -236,7 +237,7 @@ class Evaluator:
 
 def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float):
     """(point, trials in their order) for one target, shown as they come in."""
-    args, log = evaluator.args, []
+    args, noise, log = evaluator.args, evaluator.measured["noise"], []
     total = len(order) * len(budgets) + len(THRESHOLDS)
     with cli.progress(total=total, desc=f"target {target:.1%}") as bar:
 
@@ -249,10 +250,10 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
             tried = [t["threshold"] if stage is None else t["budgets"][stage] for t in trials]
             log.extend({"stage": name, "budget": b} | t for b, t in zip(tried, trials))
             bar.clear()
-            print_scan(name, tried, trials, target, chosen, evaluator.measured["noise"])
+            print_scan(name, tried, trials, target, chosen, noise)
 
         thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
-        point = greedy(evaluate, order, budgets, target, thresholds, show)
+        point = greedy(evaluate, order, budgets, target, thresholds, show, noise)
         if args.refine:
             start, time_left = point, cli.timer(60 * args.refine)
             point = refine(evaluate, start, budgets, target, time_left)

@@ -10,6 +10,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -87,7 +88,7 @@ def make_report(args, model, entries: list[dict], n: int, batch: int) -> dict:
     return {
         "model": args.model,
         "data": args.data,
-        "split": args.split,
+        "split": None if Path(args.data).is_file() else args.split,
         "n": n,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

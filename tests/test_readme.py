@@ -76,13 +76,13 @@ def test_the_fork_example_is_short_and_runs(folder, tmp_path):
     (tmp_path / "skip.py").write_text(fork)
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]; import torch; from skip import *;"
-        "setting = Setting(Importance(torch.zeros(6, 2), torch.ones(6, 2)), []);"
-        "print(POLICIES['middle-out'](setting, 2).nonzero().tolist())"
+        "setting = Setting(Importance(torch.zeros(6, 2), torch.ones(6, 2)), [(2, 1), (3, 1)]);"
+        "print([POLICIES['warm-up'](setting, 1)(step).nonzero().tolist() for step in (0, 1, 2)])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(ROOT)], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "[[2, 1], [3, 1]]", done.stderr
+    assert done.stdout.strip() == "[[], [], [[2, 1]]]", done.stderr
 
 
 COMMANDS = ["eval", "search", "generate", "skip", "tests.bench"]
