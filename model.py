@@ -105,11 +105,11 @@ class ModelArgs:
                 key, default = f.metadata["key"], None if f.name in OPTIONAL else f.default
                 args[f.name] = read_number(config, name, key, f.type, f.metadata["most"], default)
         dim, heads = args["dim"], args["n_heads"]
+        kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
+        divides = heads % kv_heads == 0
+        expect(divides, f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads")
         divides = args["head_dim"] is not None or dim % heads == 0
         expect(divides, f"{name}: 'num_attention_heads' {heads} must divide 'hidden_size' {dim}")
-        kv_heads = args["n_kv_heads"] = args["n_kv_heads"] or heads
-        divides = f"{name}: 'num_key_value_heads' {kv_heads} must divide {heads} heads"
-        expect(heads % kv_heads == 0, divides)
         head_dim = args["head_dim"] = args["head_dim"] or dim // heads
         expect(head_dim % 2 == 0, f"{name}: 'head_dim' must be even, found {head_dim}")
         return cls(**args, rope_scaling={"rope_type": kind} | scaling if scaling else None)
