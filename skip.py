@@ -7,6 +7,9 @@ returns one. A budget is the number of sub-layers that a skip set leaves out.
     python skip.py --limit 32
 """
 
+import data  # noqa: F401  first, so that Ctrl-C is one line while torch is still loading
+
+# isort: split
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -176,22 +179,18 @@ class AdaSkip:
         largest = importance.similarity.flatten().sort(descending=True).values
         self.threshold = largest[budget - 1].item() if budget else float("inf")
         self.window = window
+        self.probe: Similarity | None = None  # watches the sub-layers that run in the first steps
 
     def __call__(self, step: int) -> Tensor:
         if step == 0:  # a new request
-            self.seen, self.now = Similarity(len(self.mask)), self.mask
+            self.probe, self.now = Similarity(len(self.mask)), self.mask
         if step == self.window:
-            similarity, ratio = self.seen.means()
-            extra = (similarity >= self.threshold) & (self.seen.counts > 0)
+            similarity, ratio = self.probe.means()
+            extra = (similarity >= self.threshold) & (self.probe.counts > 0)
             extra[:, ATTENTION] = False
             self.now = torch.where(extra, ratio, self.mask)
-            self.seen = None
+            self.probe = None
         return self.now
-
-    @property
-    def probe(self) -> Similarity | None:
-        """Watches the sub-layers that run in the first steps."""
-        return self.seen
 
 
 # name: function of (setting, budget) -> skip set. Add your own here, then `--method NAME`.

@@ -197,7 +197,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["eval", "search", "generate", "data/train", "data/sweep"])
+@pytest.mark.parametrize("name", ["eval", "search", "generate", "skip", "data/train"])
 def test_ctrl_c_while_torch_is_loading_is_one_line(name):
     path = str(ROOT / f"{name}.py")
     run = [os.sys.executable, "-c", LOADING, path]
