@@ -4,7 +4,7 @@ Prefill runs all layers, decoding skips. A question is answered in three stages 
 and Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt
 of each stage holds everything that was generated before.
 
-    python generate.py "What can fly?" penguin bat oak shovel --stage-budgets 2,4,1
+    python generate.py "Which one contains alcohol?" wrench lemonade milk wine
 """
 
 from data.prompts import STAGES, find_answer, finish, stage_prompts  # first, for Ctrl-C

@@ -1,6 +1,6 @@
 """The commands of generate.py, which answers one question, and of skip.py, which ranks.
 
-python generate.py "What can fly?" penguin bat oak shovel --stage-budgets 2,4,1
+python generate.py "Which one contains alcohol?" wrench lemonade milk wine
 """
 
 import string
@@ -35,7 +35,9 @@ def main() -> None:
         exit = exit if args.exit_threshold else None  # by default a plain text just goes on
         model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
         ids, ends = tokenizer.encode(args.text), tokenizer.eos_ids
-        new = generate.generate(model, ids, most, ends, skips[0], exit, args.temperature)
+        asked = args.stage_budgets or args.plan or args.method
+        skip = skips[0] if asked else None  # and skips nothing
+        new = generate.generate(model, ids, most, ends, skip, exit, args.temperature)
         skipped = f"{new.timings.skipped:g} of {2 * setting.n_layers} sub-layers skipped"
         print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}, {skipped}]")
         return

@@ -125,7 +125,8 @@ FLAGS = {
         None,
         threshold,
         "T",
-        "mean confidence that ends a stage; 0: never; auto (default): as planned",
+        "mean confidence that ends a stage; 0: never; auto (default): the plan's, or 0.5 "
+        "with budgets of one's own; search.py: searched",
     ),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
@@ -185,7 +186,9 @@ def fail(message: str, status: int = 2) -> None:
 def make_parser(doc: str, *flags: str) -> Parser:
     """A parser with the named flags of FLAGS, which mean the same in every command."""
     *paragraphs, command = doc.strip().split("\n\n")
-    text = "\n\n".join(textwrap.fill(" ".join(part.split()), 78) for part in paragraphs)
+    lists = [part.startswith(" ") and max(map(len, part.splitlines())) <= 78 for part in paragraphs]
+    filled = [textwrap.fill(" ".join(part.split()), 78) for part in paragraphs]
+    text = "\n\n".join(part if raw else fill for part, raw, fill in zip(paragraphs, lists, filled))
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=text, epilog=textwrap.dedent(command), formatter_class=raw)
     for flag in flags:

@@ -10,7 +10,7 @@ prompts of the stages after it:
     Summarize: So the answer is option X.
 
 Who changes a wording changes it in `worked`, too, and in `pieces` of data/train.py, which train on
-whole texts; a journal of search.py notices by itself.
+whole texts, and searches again: a journal of search.py notices by itself, a plan does not.
 
     python -c "from data.prompts import *; print(find_answer('So the answer is option B.'))"
 """

@@ -109,8 +109,8 @@ def name_of(run: dict) -> str:
 def print_runs(runs: list[dict]) -> None:
     """A line for every run: accuracy with its interval, cost, speed-up, sub-layers skipped."""
     print(
-        f"{'method and budgets':<26}{'accuracy [95%]':>19}{'tokens':>7}{'ms':>7}{'speed':>7}"
-        f"{'skipped':>14}"
+        f"{'method and budgets':<26}{'accuracy [95%]':>19}{'tokens':>7}{'ms':>7}{'speed':>6}"
+        f"{'skipped':>15}"
     )
     for r in runs:
         low, high = r["accuracy_ci95"]
@@ -119,7 +119,7 @@ def print_runs(runs: list[dict]) -> None:
         skipped = ",".join(f"{round(stage['skipped_sublayers'], 1):g}" for stage in r["stages"])
         print(
             f"{name_of(r):<26}{accuracy:>19}{tokens:>7.1f}{1e3 * r['latency_s']:>7.1f}"
-            f"{r['speedup']:>6.2f}x{skipped:>14}"
+            f"{r['speedup']:>5.2f}x{skipped:>15}"
         )
 
 
@@ -210,7 +210,8 @@ def print_plan(out, plan: dict) -> None:
     """What a search chose, on the validation questions."""
     chosen, full, exit = plan["chosen"], plan["full"], plan["exit"]
     print(
-        f"\n{out}: budgets {plan['budgets']}, exit at {exit and exit['threshold']}; accuracy "
+        f"\n{out}: budgets {plan['budgets']}, "
+        f"{'exit at {threshold}'.format(**exit) if exit else 'no exit'}; accuracy "
         f"{chosen['accuracy']:.1%}\n  (full {full['accuracy']:.1%}, epsilon {plan['epsilon']:g}), "
         f"speed-up {full['latency_s'] / chosen['latency_s']:.2f}x, on validation"
     )
