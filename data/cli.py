@@ -229,7 +229,8 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        fail(f"out of memory ({str(e).strip()[:200]})")
+        reason = str(e).strip()[:200]
+        fail(f"out of memory ({reason})" if reason else "out of memory")
 
 
 def rank() -> tuple[int, int]:

@@ -514,3 +514,20 @@ def test_what_is_random_follows_the_seed(eight):
     assert report(eight, *flags, "--seed", "1") == first
     others = [report(eight, *flags, "--seed", str(seed))["runs"] for seed in (2, 3, 4)]
     assert any(runs != first["runs"] for runs in others)
+
+
+def test_ctrl_c_while_questions_are_drawn_is_one_line_and_leaves_no_file(tmp_path):
+    """The demo's make.py stands alone: it has no part in what the other commands share."""
+    code = """
+import os, runpy, signal, sys
+sys.path[0] = os.path.dirname(sys.argv[0])
+replace, os.replace = os.replace, lambda *args: os.kill(os.getpid(), signal.SIGINT)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    script = ROOT / "data" / "demo" / "make.py"
+    run = [os.sys.executable, "-c", f"import sys; sys.argv.pop(0)\n{code}", script]
+    run += ["--count", "3", "--out", tmp_path / "fresh.jsonl"]
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    done = subprocess.run(run, capture_output=True, text=True, preexec_fn=restore)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())

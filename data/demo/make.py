@@ -168,9 +168,13 @@ def draw(split, seed, count):
 def write(path, rows):
     """JSON lines, to a temporary file first, so that a killed run leaves nothing half written."""
     part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,6 +206,8 @@ def main():
             parser.error("--out FILE or --splits DIR is needed")
     except OSError as e:
         parser.error(f"{e.filename}: cannot be written ({e.strerror})")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ def main():
     except OSError as e:
         print(f"{e.filename}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     print(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
 
