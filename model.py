@@ -204,13 +204,13 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
     if not native or weight.numel() < PACK_FROM or not hasattr(onednn, "_reorder_linear_weight"):
         return None
     # Without AVX-512 oneDNN is fastest when told that it is for one row. With it (but without
-    # AMX) it reads weights faster for four rows than for one, so that one or two run as four.
-    padded = avx512 and not (half and torch.cpu._is_amx_tile_supported())
+    # AMX) six rows fill its registers, and it reads weights faster for six than for fewer.
+    fewest = 6 if avx512 and not (half and torch.cpu._is_amx_tile_supported()) else 1
     packed = onednn._reorder_linear_weight(weight, None if avx512 else 1)
 
     def product(x: Tensor) -> Tensor:
         rows = len(x)
-        x = x.repeat(4 // rows, 1) if padded and rows < 3 else x
+        x = torch.cat([x] * fewest)[:fewest] if rows < fewest else x
         return onednn._linear_pointwise(x, packed, bias, "none", [], "")[:rows]
 
     return product
@@ -331,11 +331,12 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(DecoderLayer(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
+        # a tied head is the embedding, or the same weights packed for the product
         self.head = None if args.tied else Linear(args.dim, {"lm_head": args.vocab_size})
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -401,7 +402,7 @@ class Llama(nn.Module):
         skips = [(0, 0)] * len(self.layers) if skip is None else skip.tolist()
         if len(skips) != len(self.layers):
             raise ValueError(f"skip: expected ({len(self.layers)}, 2), found {tuple(skip.shape)}")
-        x = F.embedding(tokens.flatten(), self.embed.weight)  # (bsz * seqlen, dim)
+        x = F.embedding(tokens.flatten(), self.embed.weight).to(self.dtype)  # (bsz * seqlen, dim)
         for i, layer in enumerate(self.layers):
             for sub in (0, 1):
                 skipped, before = skips[i][sub], x
@@ -434,7 +435,7 @@ class Llama(nn.Module):
             for linear in (layer.ffn.w13, layer.ffn.w2):
                 yield linear, linear.tensors(prefix + "mlp.")
         yield self.norm, {"model.norm.weight": self.norm.weight}
-        if self.head is not None:
+        if not self.args.tied:
             yield self.head, self.head.tensors("")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -447,8 +448,9 @@ class Llama(nn.Module):
         """Loads a Hugging Face checkpoint folder: config.json and safetensors, nothing else.
 
         dtype: what to compute in, a torch dtype; None is the one that is stored. pack: lay the
-        weights out for speed (inference only). Raises InputError, before anything is allocated,
-        when the files do not hold exactly the tensors that the configuration asks for.
+        weights out for speed (inference only); a tied embedding may then stay in its file, not to
+        be written to meanwhile. Raises InputError, before anything is allocated, when the files
+        do not hold exactly the tensors that the configuration asks for.
         """
         folder = Path(path)
         args = ModelArgs.from_config(read_json(folder / "config.json"), folder / "config.json")
@@ -462,6 +464,11 @@ class Llama(nn.Module):
                 target.copy_(read_tensor(files[name][0], name))
             if pack and isinstance(module, Linear):
                 module.pack()
+            if pack and args.tied and module is model.embed:
+                model.head = packed_product(module.weight, None)
+                if model.head is not None:  # to keep no second copy, rows are read from the file
+                    mapped = read_tensor(files[EMBED][0], EMBED, check=False)
+                    module.weight = nn.Parameter(mapped, requires_grad=False)
         return model
 
 
@@ -527,10 +534,11 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
     return found
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor; the file is opened anew, so that pages mapped before go back to the system."""
+def read_tensor(file: Path, name: str, check: bool = True) -> Tensor:
+    """One tensor, mapped: the file is opened anew, so that pages mapped before go back to the
+    system and, unless it is checked, none is read before it is used."""
     with safe_open(file, "pt") as f:
         tensor = f.get_tensor(name)
-    finite = all(torch.isfinite(end) for end in tensor.aminmax())
+    finite = not check or all(torch.isfinite(end) for end in tensor.aminmax())
     expect(finite, f"{file}: '{name}' has NaN or Inf weights")
     return tensor

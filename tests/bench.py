@@ -27,7 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 from data import cli  # noqa: E402
 from generate import generate_batch  # noqa: E402
-from model import DTYPES, PACK_FROM, KVCache, Linear, Llama, ModelArgs, expect, read_json  # noqa: E402
+from model import (  # noqa: E402
+    DTYPES,
+    PACK_FROM,
+    KVCache,
+    Linear,
+    Llama,
+    ModelArgs,
+    expect,
+    packed_product,
+    read_json,
+)
 from skip import mask_of  # noqa: E402
 
 HEADS = {"n_heads": 32, "n_kv_heads": 4, "head_dim": 64}
@@ -66,6 +76,8 @@ def random_llama(args: ModelArgs, dtype, device) -> tuple[Llama, dict[str, Tenso
         state |= named
         if isinstance(module, Linear):
             module.pack()
+    if args.tied:
+        model.head = packed_product(model.embed.weight, None)
     return model, state
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import plain
 import pytest
@@ -441,6 +442,28 @@ def test_packed_weights_compute_the_same(make_checkpoint, monkeypatch, changes, 
         assert relative(packed(tokens), loose(tokens).double()) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_tied_head_is_packed_and_its_embedding_stays_in_the_file(
+    make_checkpoint, monkeypatch, dtype
+):
+    monkeypatch.setattr(module, "PACK_FROM", 0)
+    folder = make_checkpoint(dtype=torch.bfloat16, tie_word_embeddings=True)
+    packed, loose = (Llama.from_pretrained(folder, dtype=dtype, pack=p) for p in (True, False))
+    if module.packed_product(torch.zeros(8, 8, dtype=packed.dtype), None) is None:
+        pytest.skip("this build of PyTorch cannot pack")
+    assert packed.dtype == loose.dtype == (dtype or torch.bfloat16)
+    assert packed.head is not None and loose.head is None
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        start = packed.embed.weight.data_ptr()
+        lines = [line for line in mapped.read_text().splitlines() if str(folder) in line]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        assert any(low <= start < high for low, high in spans), "not a copy"
+    for tokens in (random_tokens(2, 24), random_tokens(1, 1)):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert relative(packed(tokens), loose(tokens).double()) < tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("avx512", [True, False])
 def test_a_packed_product_gives_a_row_the_same_whatever_rows_stand_beside_it(
@@ -455,7 +478,7 @@ def test_a_packed_product_gives_a_row_the_same_whatever_rows_stand_beside_it(
     if dtype == torch.float32 and not avx512:
         pytest.skip("one row has a product of its own, which rounds otherwise")
     rows = torch.cat([product(x[i : i + 1]) for i in range(24)])
-    for n in (1, 2, 3, 4, 7, 24):
+    for n in (1, 2, 3, 4, 5, 6, 7, 24):
         assert torch.equal(product(x[:n]), rows[:n]), n
 
 
@@ -474,9 +497,21 @@ def big(make_checkpoint):
     (folder / "model.safetensors").unlink()
 
 
+@pytest.fixture
+def big_tied(make_checkpoint):
+    """As large, a quarter of it the tied embedding; removed after use."""
+    heads = {"num_attention_heads": 10, "num_key_value_heads": 10, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 7}
+    folder = make_checkpoint(**sizes, vocab_size=20000, **heads)
+    yield folder
+    (folder / "model.safetensors").unlink()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_holds_the_weights_once(big, folder):
+@pytest.mark.parametrize("name", ["big", "big_tied"])
+def test_loading_holds_the_weights_once(request, name, folder):
     """The peak of a process that loads them, less what it held before, is little more."""
+    big = request.getfixturevalue(name)
     script = """
         import re, sys
         from model import Llama
