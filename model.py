@@ -23,7 +23,7 @@ from torch import Tensor, nn
 DEBUG = os.environ.get("LITESTAGE_DEBUG") == "1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-PACK_FROM = 1 << 20  # elements; below, calling oneDNN costs more than it saves
+PACK_FROM = 1 << 18  # elements; below, calling oneDNN costs more than it saves
 EMBED = "model.embed_tokens.weight"
 
 
