@@ -41,7 +41,7 @@ def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, n
 def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run]:
     """The runs of --compare: every method at one to six eighths of all sub-layers, LiteStage at
     its plans, and its ablations: the plans without the exit, one budget for all stages."""
-    uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in (1, 2, 3, 4, 6)]
+    uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in range(1, 7)]
     others = [method for method in POLICIES if method not in ("full", "litestage")]
     runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]

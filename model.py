@@ -467,8 +467,7 @@ class Llama(nn.Module):
             if pack and args.tied and module is model.embed:
                 model.head = packed_product(module.weight, None)
                 if model.head is not None:  # to keep no second copy, rows are read from the file
-                    mapped = read_tensor(files[EMBED][0], EMBED, check=False)
-                    module.weight = nn.Parameter(mapped, requires_grad=False)
+                    module.weight.data = read_tensor(files[EMBED][0], EMBED, check=False)
         return model
 
 
