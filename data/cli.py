@@ -22,17 +22,18 @@ from model import DTYPES, InputError
 from skip import POLICIES
 
 
-def positive(text: str) -> int:
-    """A whole number above zero, for argparse."""
-    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
-    if not 1 <= value < 1 << 31:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 2^31, found {text}")
+def positive(text: str, least: int = 1) -> int:
+    """A whole number above zero, or from `least` on, for argparse."""
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    if not least <= value < 1 << 31:
+        wanted = f"a whole number from {least} to 2^31"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
     return value
 
 
 def natural(text: str) -> int:
     """A whole number from zero, for argparse."""
-    return 0 if text == "0" else positive(text)
+    return positive(text, 0)
 
 
 def number(text: str, most: float = 1e6) -> float:

@@ -63,7 +63,8 @@ def draw_comparison(plt, report: dict, path: Path) -> None:
         )
     axes.set_xlabel("speed-up over the full model, end to end")
     axes.set_ylabel("accuracy, % (95% interval)")
-    axes.set_title(f"{report['data']} {report.get('split') or ''}, n = {report['n']}", fontsize=10)
+    named = [Path(report["data"]).name, *filter(None, [report.get("split")])]
+    axes.set_title(f"{' '.join(named)}, n = {report['n']}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 0.85))
     finish(plt, figure, axes, path)
 

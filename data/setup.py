@@ -126,6 +126,9 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     exit = exit if exit.threshold > 0 else None
     if args.stage_budgets:
         plan = {"budgets": budgets, "exit": exit and exit._asdict()}
+    elif args.exit_threshold is not None:  # of all points of the plan
+        for point in plan.get("frontier", []):
+            point["exit"] = exit and exit._asdict()
     return setting, budgets, exit, plan
 
 

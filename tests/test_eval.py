@@ -123,6 +123,17 @@ def test_the_exit_is_litestages_and_others_have_it_only_when_asked(reported):
     assert asked == [None, {"window": 5, "threshold": 0.4}]
 
 
+def test_an_exit_that_is_asked_for_is_that_of_every_plan(tmp_path, monkeypatch):
+    out = tmp_path / "report.json"
+    flags = ["--compare", "--method", "litestage", "--limit", "1", "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["eval.py", *flags, "--exit-threshold", "0.4"])
+    evaluation.main()
+    exits = {
+        str(r["exit"]) for r in json.loads(out.read_text())["runs"] if r["method"] == "litestage"
+    }
+    assert exits == {str({"window": 5, "threshold": 0.4})}
+
+
 def test_a_sweep_of_another_checkpoint_measures_its_importance(tmp_path, folder, monkeypatch):
     write_questions(tmp_path / "test.jsonl", [question(i) for i in range(4)])
     out = tmp_path / "sweep.json"
