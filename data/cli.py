@@ -26,7 +26,7 @@ def positive(text: str, least: int = 1) -> int:
     """A whole number above zero, or from `least` on, for argparse."""
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not least <= value < 1 << 31:
-        wanted = f"a whole number from {least} to 2^31"
+        wanted = f"a whole number from {least} to 2^31 - 1"
         raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
     return value
 
@@ -127,7 +127,7 @@ FLAGS = {
         threshold,
         "T",
         "mean confidence that ends a stage; 0: never; auto (default): the plan's, or 0.5 "
-        "with budgets of one's own; search.py: searched",
+        "with budgets of one's own; search.py: searched; --compare: of LiteStage only",
     ),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),

@@ -32,7 +32,7 @@ def points_by_method(runs: list[dict]) -> dict[str, list[dict]]:
     methods: dict[str, list[dict]] = {}
     for r in runs[1:]:
         methods.setdefault(r["method"], []).append(r)
-    return {name: sorted(rs, key=lambda r: r["speedup"]) for name, rs in methods.items()}
+    return {name: sorted(rs, key=lambda r: sum(r["budgets"])) for name, rs in methods.items()}
 
 
 def draw_comparison(plt, report: dict, path: Path) -> None:

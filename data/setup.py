@@ -126,9 +126,11 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     exit = exit if exit.threshold > 0 else None
     if args.stage_budgets:
         plan = {"budgets": budgets, "exit": exit and exit._asdict()}
-    elif args.exit_threshold is not None:  # of all points of the plan
-        for point in plan.get("frontier", []):
+    for point in plan.get("frontier", [plan] if plan else []):  # the flags count for all of them
+        if args.exit_threshold is not None:
             point["exit"] = exit and exit._asdict()
+        elif point["exit"] and args.exit_window:
+            point["exit"] = point["exit"] | {"window": args.exit_window}
     return setting, budgets, exit, plan
 
 

@@ -246,12 +246,14 @@ def describe(name: str, model: Llama, bytes_read: int) -> None:
     dtype, cpu, layers = model.dtype, model.device.type == "cpu", model.args.n_layers
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     plain = [linear.weight.numel() for linear in linears if linear.packed is None]
+    plain += [model.embed.weight.numel()] if model.head is None else []
     why = f"oneDNN packs no {dtype} on this machine" if cpu else "only on the CPU"
     why = f"smaller than {PACK_FROM} weights are not" if max(plain, default=0) < PACK_FROM else why
     kind = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name()
     print(f"{name}, {layers} layers, {dtype}, {bytes_read / 1e9:.3f} GB a token")
     print(f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    count = f"{len(linears) - len(plain)} of {len(linears)} products"
+    products = len(linears) + model.args.tied
+    count = f"{products - len(plain)} of {products} products"
     print(f"packed: {count} ({why})" if plain else f"packed: {count}")
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from damage import question, write_questions
 
 import eval as evaluation
@@ -123,15 +124,20 @@ def test_the_exit_is_litestages_and_others_have_it_only_when_asked(reported):
     assert asked == [None, {"window": 5, "threshold": 0.4}]
 
 
-def test_an_exit_that_is_asked_for_is_that_of_every_plan(tmp_path, monkeypatch):
-    out = tmp_path / "report.json"
-    flags = ["--compare", "--method", "litestage", "--limit", "1", "--json", str(out)]
-    monkeypatch.setattr("sys.argv", ["eval.py", *flags, "--exit-threshold", "0.4"])
-    evaluation.main()
-    exits = {
-        str(r["exit"]) for r in json.loads(out.read_text())["runs"] if r["method"] == "litestage"
-    }
-    assert exits == {str({"window": 5, "threshold": 0.4})}
+@pytest.mark.parametrize("plan", ["plan.json", "plan-0.03.json"])  # with and without a frontier
+def test_an_exit_that_is_asked_for_is_that_of_every_plan(tmp_path, monkeypatch, plan):
+    def exits(*flags):
+        out = tmp_path / "report.json"
+        file = ["--plan", str(ROOT / "data" / "demo" / plan), "--json", str(out)]
+        compare = ["--compare", "--method", "litestage", "--limit", "1"]
+        monkeypatch.setattr("sys.argv", ["eval.py", *file, *compare, *flags])
+        evaluation.main()
+        runs = json.loads(out.read_text())["runs"]
+        return [r["exit"] for r in runs if r["method"] == "litestage"]
+
+    assert all(exit == {"window": 5, "threshold": 0.4} for exit in exits("--exit-threshold", "0.4"))
+    assert not any(exits("--exit-threshold", "0"))
+    assert exits("--exit-window", "3")[-1] == {"window": 3, "threshold": 0.7}
 
 
 def test_a_sweep_of_another_checkpoint_measures_its_importance(tmp_path, folder, monkeypatch):
