@@ -210,7 +210,7 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
 
     def product(x: Tensor) -> Tensor:
         rows = len(x)
-        x = torch.cat([x] * fewest)[:fewest] if rows < fewest else x
+        x = torch.cat([x] * (fewest // rows + 1))[:fewest] if rows < fewest else x
         return onednn._linear_pointwise(x, packed, bias, "none", [], "")[:rows]
 
     return product

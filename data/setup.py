@@ -96,6 +96,16 @@ def importance_of(pipeline: Pipeline, questions: list[Question], batch: int = 16
     return measure_importance(pipeline.model, prompts), answered
 
 
+def exit_of(planned: dict | None, default: float, args: argparse.Namespace) -> Exit | None:
+    """A plan's exit, or one of the default threshold, as the flags change it; of threshold 0: none.
+    The exit is LiteStage's: other methods have it only when it is asked for."""
+    exit = Exit(**planned) if planned else Exit(threshold=default)
+    others = getattr(args, "method", None) not in (None, "litestage")
+    threshold = 0.0 if others else exit.threshold
+    threshold = threshold if args.exit_threshold is None else args.exit_threshold
+    return Exit(args.exit_window or exit.window, threshold) if threshold > 0 else None
+
+
 def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets with an
     importance measured now on validation questions. The demo comes with a plan, and with the
@@ -109,12 +119,10 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
         plan = {} if args.stage_budgets else plan
     budgets = args.stage_budgets or plan.get("budgets", [0, 0, 0])
     check_budgets("--stage-budgets", budgets, n_layers)
-    exit = Exit(**plan["exit"]) if plan.get("exit") else Exit(threshold=0.0 if plan else 0.5)
-    exit = exit._replace(window=args.exit_window or exit.window)
-    if args.exit_threshold is not None:
-        exit = exit._replace(threshold=args.exit_threshold)
-    elif getattr(args, "method", None) not in (None, "litestage"):
-        exit = exit._replace(threshold=0.0)  # the exit is LiteStage's; others only when asked
+    exit = exit_of(plan.get("exit"), 0.0 if plan else 0.5, args)
+    for point in plan.get("frontier", [plan] if plan else []):
+        own = exit_of(point["exit"], 0.0, args)
+        point["exit"] = own and own._asdict()
     granularity = args.granularity or plan.get("granularity", "sublayer")
     importance = plan.get("importance", importance)
     if importance is None and not any(budgets) and not getattr(args, "compare", False):
@@ -123,14 +131,8 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
         questions = validation_questions(args.data)[:IMPORTANCE_QUESTIONS]
         importance, _ = importance_of(pipeline, questions)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
-    exit = exit if exit.threshold > 0 else None
     if args.stage_budgets:
         plan = {"budgets": budgets, "exit": exit and exit._asdict()}
-    for point in plan.get("frontier", [plan] if plan else []):  # the flags count for all of them
-        if args.exit_threshold is not None:
-            point["exit"] = exit and exit._asdict()
-        elif point["exit"] and args.exit_window:
-            point["exit"] = point["exit"] | {"window": args.exit_window}
     return setting, budgets, exit, plan
 
 
