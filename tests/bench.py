@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,15 +266,36 @@ def prompt_of(n: int, args: ModelArgs, seed: int = 0) -> list[int]:
     return torch.randint(args.vocab_size, (n,), generator=draw).tolist()
 
 
+def filled_cache(model: Llama, max_len: int) -> KVCache:
+    """A cache of random values: unwritten zeros would all be one page, which costs no reading."""
+    cache = KVCache(model, 1, max_len)
+    for kv in cache.layers:
+        kv.normal_()
+    return cache
+
+
+def attention_alone(model: Llama, cache: KVCache, n: int) -> tuple[None, None, float]:
+    """Only the attention operators of a decoding step; no weights are read between them."""
+    args = model.args
+    shape = (1, args.n_kv_heads, args.n_heads // args.n_kv_heads, args.head_dim)
+    q = torch.ones(shape, dtype=model.dtype, device=model.device)
+    begin = time.perf_counter()
+    for kv in cache.layers:
+        out = F.scaled_dot_product_attention(q, *kv[:, :, :n].chunk(2, 1))
+    out.sum().item()  # waits for a GPU
+    return None, None, time.perf_counter() - begin
+
+
 def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
     """Milliseconds per token at several contexts, as bandwidth and against the others."""
     args, first, n_new = model.args, CONTEXTS[0], STEPS + 1
     buffer = torch.zeros(bytes_read // 4, device=model.device)
     functions = {"plain read of the bytes": lambda: buffer.sum().item()}
-    for n in CONTEXTS:  # a cache that holds the prompt already: of zeros, which cost the same
-        cache, prompt = KVCache(model, 1, n + n_new), prompt_of(n, args)
+    for n in CONTEXTS:  # a cache that holds the prompt already
+        cache, prompt = filled_cache(model, n + n_new), prompt_of(n, args)
         cache.tokens = prompt
         functions[f"ours, context {n}"] = partial(decoders["ours"], prompt, n_new, cache)
+        functions[f"attention alone, {n}"] = partial(attention_alone, model, cache, n)
     prompt = prompt_of(first, args)
     ids = {name: decode(prompt, n_new)[0] for name, decode in decoders.items()}
     for name in list(decoders)[1:]:
@@ -282,7 +304,7 @@ def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int
     read, base = times["plain read of the bytes"][0], times[f"ours, context {first}"][0]
     for name, (seconds, spread) in times.items():
         rate = f"{bytes_read / seconds / 1e9:5.1f} GB/s, {read / seconds:4.0%} of plain"
-        show(name, seconds, spread, rate)
+        show(name, seconds, spread, "" if name.startswith("attention") else rate)
     for name in list(decoders)[1:]:
         ratio = times[f"{name}, context {first}"][0] / base
         same = [a == b for a, b in zip(ids[name], ids["ours"])] + [False]
@@ -290,7 +312,9 @@ def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int
     slot = args.n_layers * 2 * args.n_kv_heads * args.head_dim * model.dtype.itemsize
     for n in CONTEXTS[1:]:
         more, ideal = times[f"ours, context {n}"][0] / base - 1, slot * (n - first) / bytes_read
-        print(f"context {first} to {n}: {more:+.1%} time; the cache is {ideal:+.1%} bytes")
+        own = times[f"attention alone, {n}"][0] - times[f"attention alone, {first}"][0]
+        why = f"attention alone {own / base:+.1%}, the cache {ideal:+.1%} bytes"
+        print(f"context {first} to {n}: {more:+.1%} time; {why}")
 
 
 def measure_skipping(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
