@@ -38,31 +38,30 @@ def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, n
     return Run(name or method, budgets, skips, exit)
 
 
-def compared(setting: Setting, exit: Exit | None, plans: list[dict]) -> list[Run]:
+def compared(setting: Setting, exit: Exit | None, points: list[dict]) -> list[Run]:
     """The runs of --compare: every method at one to six eighths of all sub-layers, LiteStage at
     its plans, and its ablations: the plans without the exit, one budget for all stages."""
     uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in range(1, 7)]
     others = [method for method in POLICIES if method not in ("full", "litestage")]
     runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
-    for plan in plans:
-        own = plan["exit"] and Exit(**plan["exit"])
-        runs.append(make_run("litestage", setting, plan["budgets"], own))
+    for point in points:
+        own = point["exit"] and Exit(**point["exit"])
+        runs.append(make_run("litestage", setting, point["budgets"], own))
         if own:
-            runs.append(make_run("litestage", setting, plan["budgets"], None, "litestage-no-exit"))
+            runs.append(make_run("litestage", setting, point["budgets"], None, "litestage-no-exit"))
     return runs
 
 
 def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch: int = 1):
     """Answers the questions, `batch` side by side, with every run in turn, after a warm-up."""
-    batch = min(batch, max(len(questions), 1))
     chunks = [questions[i : i + batch] for i in range(0, len(questions), batch)]
-    caches = [[KVCache(pipeline.model, 1, 0) for _ in range(batch)] for _ in runs]
+    caches = [[KVCache(pipeline.model, 1, 0) for _ in questions[:batch]] for _ in runs]
     with cli.progress(total=len(questions) * len(runs), desc="questions") as bar:
-        for r in runs if chunks else []:
-            pipeline.answer(chunks[0], r.skips, r.exit)
+        for r in runs:
+            pipeline.answer(questions[:batch], r.skips, r.exit)
         for i, chunk in enumerate(chunks):
-            for k in range(i, i + len(runs)):  # nobody is always first
+            for k in range(i, i + len(runs)):  # no run is always first
                 r, mine = runs[k % len(runs)], caches[k % len(runs)][: len(chunk)]
                 answered = pipeline.answer(chunk, r.skips, r.exit, mine)
                 r.answers += [label for label, _ in answered]
@@ -77,10 +76,10 @@ def main() -> None:
     pipeline, folder = load(args)
     quick = DEMO_LIMIT if args.data == "demo" else None
     _, questions = load_questions(args, pipeline, args.split, args.limit or quick)
-    setting, budgets, exit, plan = configure(args, pipeline, folder)
+    setting, budgets, exit, points = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0])]
     if args.compare:
-        others = compared(setting, exit, plan.get("frontier", [plan] if plan else []))
+        others = compared(setting, exit, points)
         runs += [r for r in others if r.method.startswith(args.method or "")]
     else:
         runs.append(make_run(args.method or "litestage", setting, budgets, exit))

@@ -7,9 +7,8 @@ of each stage holds everything that was generated before.
     python generate.py "Which one contains alcohol?" wrench lemonade milk wine
 """
 
-from data.prompts import STAGES, find_answer, finish, stage_prompts  # first, for Ctrl-C
+from data.prompts import STAGES, find_answer, finish, stage_prompts  # isort: skip  (for Ctrl-C)
 
-# isort: split
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from model import KVCache, Llama, expect
 
 class Exit(NamedTuple):
     """Confidence exit (LiteStage): stop when the mean of the last `window` confidences, each a
-    token's largest softmax probability, is at or below `threshold`; a shorter text goes on."""
+    token's largest softmax probability, is at or below `threshold`; with fewer it goes on."""
 
     window: int = 5
     threshold: float = 0.5
@@ -66,8 +65,8 @@ def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: i
 
     One forward a group: what its prompts have in common, less the tokens that are in the cache
     from earlier prefills (the longest common token prefix that all layers wrote), and then what
-    each goes on with, as tails that do not see one another. Several prompts then get a batch of
-    their own. Returns (cache with `room` more slots, logits (bsz, vocab) that follow each prompt).
+    each goes on with, as tails that do not see one another. The slots of several prompts are then
+    copied into one batch. Returns (cache with `room` more slots, logits (bsz, vocab) at the ends).
     """
     lengths = [len(prompt) for _, prompts in groups for prompt in prompts]
     n, longest, logits = len(lengths), max(lengths), []
@@ -121,28 +120,31 @@ class StaticStep:
     def __init__(self, model: Llama, bsz: int, size: int):
         self.model = model
         self.cache = KVCache(model, bsz, size)
-        self.cache.pad = torch.zeros(bsz, dtype=torch.long, device=model.device)
-        self.pos, self.tokens = self.cache.pad[:1].clone(), self.cache.pad.clone()
+        zeros = torch.zeros(bsz, dtype=torch.long, device=model.device)
+        self.cache.pad, self.tokens, self.pos = zeros, zeros.clone(), zeros[:1].clone()
         self.confidences = torch.zeros(bsz, device=model.device)
-        self.recorded: dict[tuple, Callable] = {}
+        self.recorded: dict[str, Callable] = {}  # by skip set
 
-    def load(self, cache: KVCache, tokens: Tensor, pos: int, skip=None, temperature=0.0):
-        """The function that decodes, under `skip`, what follows the tokens (bsz,) at slot pos."""
-        key = (None if skip is None else str(skip.tolist()), temperature)
-        if key not in self.recorded:
-            self.recorded[key] = self.record(skip, temperature)
+    def load(self, cache: KVCache, tokens: Tensor, pos: int) -> None:
+        """Starts anew: the next step decodes what follows the tokens (bsz,) at slot pos."""
         for mine, its in zip(self.cache.layers, cache.layers):
             mine[:, :, :pos] = its[:, :, :pos]
             mine[:, :, pos:] = 0  # masked, but a NaN would get through a mask
         self.cache.pad.copy_(torch.zeros_like(tokens) if cache.pad is None else cache.pad)
         self.tokens.copy_(tokens)
         self.pos.fill_(pos)
+
+    def under(self, skip: Tensor | None) -> Callable[[], None]:
+        """The step that skips `skip`, recorded when it is first asked for."""
+        key = str(skip if skip is None else skip.tolist())
+        if key not in self.recorded:
+            self.recorded[key] = self.record(skip)
         return self.recorded[key]
 
-    def record(self, skip, temperature: float) -> Callable[[], None]:
+    def record(self, skip: Tensor | None) -> Callable[[], None]:
         def step() -> None:
             logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
-            for mine, new in zip((self.tokens, self.confidences), pick(logits, temperature)):
+            for mine, new in zip((self.tokens, self.confidences), pick(logits)):
                 mine.copy_(new)
             self.pos += 1
 
@@ -203,18 +205,20 @@ def generate_batch(
     active = [row for row in rows if 0 < row.length <= context]
     prefill_s, step_s, skipped, replay = 0.0, [], 0, None
     if active:
-        begin = time.perf_counter()
         room, pos = min(max_new_tokens, context), max(row.length for row in active)
+        if static is not None and not callable(skip) and not temperature:
+            key = (len(active), (pos + room + 255) // 256 * 256)  # few sizes, so few recordings
+            if key not in static:
+                static[key] = StaticStep(model, *key)
+            step = static[key]
+            replay = step.under(skip)  # recorded once, which is not timed
+        begin = time.perf_counter()
         cache, logits = prefill(model, [group for group in fits if group[1]], room)
         tokens, confidences = pick(logits, temperature)
+        if replay is not None:
+            step.load(cache, tokens, pos)
         new = read(tokens, confidences)
         prefill_s = time.perf_counter() - begin
-    if active and static is not None and not callable(skip):
-        key = (len(active), (pos + room + 255) // 256 * 256)  # few sizes, so that few are recorded
-        if key not in static:
-            static[key] = StaticStep(model, *key)
-        step = static[key]
-        replay = step.load(cache, tokens, pos, skip, temperature)
     while active:
         for row, token, confidence in zip(active, *new):
             if row.stop is None:
@@ -281,8 +285,8 @@ class Stage:
 
 @dataclass
 class Pipeline:
-    """A model that answers questions in stages. shots: worked examples before each prompt, of
-    which every text ends at a newline; generated ones then end there, too. static: recorded
+    """A model that answers questions in stages. shots: worked examples put before each prompt;
+    each of their texts ends at a newline, and so generated texts end there, too. static: recorded
     decoding steps, of `generate_batch`."""
 
     model: Llama
@@ -305,9 +309,8 @@ class Pipeline:
         prompts = [self.prompt_ids(index, *each) for each in zip(questions, said)]
         ends = dict.fromkeys(self.tokenizer.eos_ids, False)
         ends |= dict.fromkeys(self.tokenizer.newline_ids if self.shots else (), True)
-        options = {"skip": skip, "exit": exit, "static": self.static}
-        groups = list(zip(caches, prompts))
-        rows = generate_batch(self.model, groups, self.max_new_tokens, ends, **options)
+        groups, most = list(zip(caches, prompts)), self.max_new_tokens
+        rows = generate_batch(self.model, groups, most, ends, skip, exit, static=self.static)
         stages, rows = [], iter(rows)
         for question_prompts in prompts:
             mine = [next(rows) for _ in question_prompts]

@@ -83,8 +83,8 @@ class ModelArgs:
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> "ModelArgs":
         """Reads and validates a Hugging Face `config.json`; InputError names the key."""
-        for key, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
-            found = config.get(key, "silu" if key == "hidden_act" else None)
+        for key, wanted, default in (("model_type", "llama", None), ("hidden_act", "silu", "silu")):
+            found = config.get(key, default)
             expect(found == wanted, f"{name}: '{key}' must be '{wanted}', found {found!r:.60}")
         plain = config.get("quantization_config") is None
         expect(plain, f"{name}: 'quantization_config' found; expected plain weights")
@@ -98,7 +98,7 @@ class ModelArgs:
         scaling = {k: read_number(rope, name, k, float, 1e9) for k in ROPE_NEEDS[kind]}
         ordered = kind != "llama3" or scaling[LLAMA3[0]] < scaling[LLAMA3[1]]
         expect(ordered, f"{name}: 'low_freq_factor' must be below 'high_freq_factor'")
-        config = config | {k: rope[k] for k in ("rope_theta",) if k in rope}
+        config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
         args = {}
         for f in fields(cls):
             if f.name != "rope_scaling":
@@ -179,9 +179,9 @@ class Linear(nn.Module):
         sizes = list(self.parts.values())
         return {
             f"{prefix}{part}.{kind}": view
-            for kind in ("weight", "bias")
-            if getattr(self, kind) is not None
-            for part, view in zip(self.parts, getattr(self, kind).split(sizes))
+            for kind, whole in (("weight", self.weight), ("bias", self.bias))
+            if whole is not None
+            for part, view in zip(self.parts, whole.split(sizes))
         }
 
 
@@ -515,17 +515,17 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
         for name, (stored, shape) in header.items():
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store it; it is computed
                 continue
+            known = f"expected {', '.join(STORED)}"
+            expect(stored in STORED, f"{file}: '{name}' is stored as {stored}; {known}")
             if name == "lm_head.weight" and tied:
                 head = file  # redundant, and fine if it equals the embedding
                 continue
             expect(name in wanted, f"{file}: unexpected tensor '{name}' for this config.json")
-            known = f"expected {', '.join(STORED)}"
-            expect(stored in STORED, f"{file}: '{name}' is stored as {stored}; {known}")
             shapes = f"is {list(shape)}, config.json asks for {list(wanted[name].shape)}"
             expect(shape == wanted[name].shape, f"{file}: the shape of '{name}' {shapes}")
             found[name] = (file, stored)
     missing = [name for name in wanted if name not in found]
-    expect(not missing, f"{folder}: {len(missing)} tensors missing: {', '.join(missing[:3])} ...")
+    expect(not missing, f"{folder}: missing, {len(missing)} in all: {', '.join(missing[:3])}")
     same = head is None or torch.equal(
         read_tensor(head, "lm_head.weight"), read_tensor(found[EMBED][0], EMBED)
     )

@@ -2,6 +2,7 @@
 
   1. Measure: importance of the sub-layers, time of a decoding step for every stage and budget,
      accuracy of the full model; target = that accuracy - epsilon, on validation questions.
+
   2. From the slowest stage to the fastest: scan all budgets of this stage, the stages already done
      at the budget chosen for them, the others at 0; of those that meet the target keep the one of
      lowest end-to-end latency. Neither accuracy nor latency is monotone, so no scan stops early.
@@ -11,9 +12,8 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
     python search.py --out plan.json --epsilon 0.01
 """
 
-from data import cli  # first, so that Ctrl-C is one line while torch is still loading
+from data import cli  # isort: skip  (first, so that Ctrl-C is one line while torch is loading)
 
-# isort: split
 import itertools
 import math
 import time
@@ -34,7 +34,7 @@ from model import KVCache, expect
 from skip import Importance, Setting, litestage, rank
 
 THRESHOLDS = (0.5, 0.0, 0.4, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
-KNOTS, ROUNDS, TIMED = 9, 15, 6  # step times: at so many budgets, in rounds of so many steps
+KNOTS, ROUNDS, TIMED = 9, 15, 6  # step times: budgets timed, rounds, steps in each
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 
 # What is searched: a budget for each stage, and the exit's threshold. A trial is a point's outcome
@@ -48,7 +48,7 @@ FULL: Point = ((0, 0, 0), 0.0)
 
 def best(trials: list[dict], target: float, noise: float = 0.0) -> dict | None:
     """The fastest trial that meets the target; of those equally fast, within the relative noise,
-    the most accurate, then that which skips and exits less."""
+    the most accurate, then the one that skips and exits less."""
     meeting = [trial for trial in trials if meets(trial, target)]
     fastest = min((trial["latency_s"] for trial in meeting), default=0.0)
     top = [trial for trial in meeting if trial["latency_s"] <= fastest * (1 + noise)]
@@ -98,8 +98,8 @@ def refine(evaluate: Callable, point: Point, budgets, target: float, time_left: 
 # ---------------------------------------------------------------- step 1: measuring
 
 
-def new_tokens(stages: list[Stage]) -> list[int]:
-    """By how much a stage's longest prompt is longer than the one before: token_s's unit."""
+def prefilled_tokens(stages: list[Stage]) -> list[int]:
+    """How many tokens each stage's longest prompt adds to the one before: what `token_s` is per."""
     lengths = [stage.prompt_tokens for stage in stages]
     return [max(now - before, 1) for before, now in zip([0, *lengths], lengths)]
 
@@ -119,7 +119,7 @@ def time_steps(pipeline: Pipeline, question: Question, stages: list[Stage], mask
 
 
 def relative_noise(times: Tensor) -> float:
-    """Of medians over n rows: the quartiles' distance by the median and sqrt(n), column means."""
+    """About that of medians over n rows: interquartile range / (median sqrt(n)), column means."""
     low, middle, high = times.nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
     return float(((high - low) / middle).nanmean().nan_to_num()) / len(times) ** 0.5
 
@@ -144,7 +144,7 @@ def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> 
     full_s = times[:, :, :1]  # (ROUNDS, stages, 1)
     step_s = full_s.nanmedian(0).values * (times / full_s).nanmedian(0).values  # (stages, knots)
     prefill_s = torch.tensor([[stage.timings.prefill_s for stage in each] for each in answered])
-    token_s = prefill_s / torch.tensor([new_tokens(stages) for stages in answered])
+    token_s = prefill_s / torch.tensor([prefilled_tokens(stages) for stages in answered])
     return {
         "importance": {key: value.tolist() for key, value in importance._asdict().items()},
         "step_s": [numpy.interp(sizes, knots, row).tolist() for row in step_s.nan_to_num()],
@@ -210,7 +210,7 @@ class Evaluator:
             if at_best / n < target - 1e-9:
                 break
         # a stage's latency: its new prompt tokens and its steps, at the seconds measured up front
-        prefilled = [mean(column) for column in zip(*map(new_tokens, done))]
+        prefilled = [mean(column) for column in zip(*map(prefilled_tokens, done))]
         stage_s = [
             self.measured["token_s"][i] * prefilled[i]
             + self.measured["step_s"][i][budget] * mean(stages[i].steps for stages in done)
@@ -238,7 +238,8 @@ class Evaluator:
 def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float):
     """(point, trials in their order) for one target, shown as they come in."""
     args, noise, log = evaluator.args, evaluator.measured["noise"], []
-    total = len(order) * len(budgets) + len(THRESHOLDS)
+    thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
+    total = len(order) * len(budgets) + len(thresholds)
     with cli.progress(total=total, desc=f"target {target:.1%}") as bar:
 
         def evaluate(point: Point, target: float) -> dict:
@@ -252,7 +253,6 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
             bar.clear()
             print_scan(name, tried, trials, target, chosen, noise)
 
-        thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
         point = greedy(evaluate, order, budgets, target, thresholds, show, noise)
         if args.refine:
             start, time_left = point, cli.timer(60 * args.refine)
@@ -265,9 +265,9 @@ def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target
 def main() -> None:
     flags = ("--out", "--epsilon", "--max-budget", "--step", "--refine")
     parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *flags)
+    parser.set_defaults(granularity="sublayer", exit_window=Exit().window)
     args = parser.parse_args()
     began = time.monotonic()
-    args.granularity, args.exit_window = args.granularity or "sublayer", args.exit_window or 5
     pipeline, folder = load(args)
     n_sublayers = 2 * pipeline.model.args.n_layers
     last = args.max_budget or n_sublayers - 2
@@ -281,10 +281,10 @@ def main() -> None:
     full = evaluator(FULL, 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
     print_full(full, order, evaluator.measured["noise"])
-    found = {}
+    found, budgets = {}, list(range(0, last + 1, args.step))
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
-        budgets, target = list(range(0, last + 1, args.step)), full["accuracy"] - epsilon
+        target = full["accuracy"] - epsilon
         point, log = find_plan(evaluator, order, budgets, target)
         found[epsilon] = evaluator(point, 0.0), log
     write_plans(args, key, evaluator, full, found)

@@ -7,9 +7,8 @@ returns one. A budget is the number of sub-layers that a skip set leaves out.
     python skip.py --limit 32
 """
 
-import data  # noqa: F401  first, so that Ctrl-C is one line while torch is still loading
+import data  # noqa: F401  # isort: skip  (first, so that Ctrl-C is one line while torch loads)
 
-# isort: split
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class Importance(NamedTuple):
     ratio: Tensor
 
 
-class Similarity:
+class ImportanceProbe:
     """A probe for `Llama.forward`: how much every sub-layer changes the residual stream.
 
     similarity(MHSA) = cos(x1, x2), similarity(FFN) = cos(x2, x3), with x1 the residual stream
@@ -71,17 +70,16 @@ class Similarity:
 
 
 @torch.inference_mode()
-def measure_importance(model: Llama, prompts: Iterable[list[list[int]]]) -> Importance:
+def measure_importance(model: Llama, prompts: Iterable[list[int]]) -> Importance:
     """Layer importance, step 1 of LiteStage's offline phase.
 
-    prompts: for each validation question the token ids of its three stages' prompts (question;
+    prompts: the token ids of every validation question's prompts in the three stages (question;
     question + recall; question + recall + analysis), which are prefilled by all layers. The
-    similarities of the three prefills are accumulated: we give the mean, which ranks the same.
+    similarities of all prefills are accumulated: we give the mean, which ranks the same.
     """
-    probe = Similarity(model.args.n_layers)
-    for stages in prompts:
-        for ids in stages:
-            model(torch.tensor([ids], device=model.device), probe=probe, tails=[1])
+    probe = ImportanceProbe(model.args.n_layers)
+    for ids in prompts:
+        model(torch.tensor([ids], device=model.device), probe=probe, tails=[1])
     return probe.means()
 
 
@@ -179,11 +177,11 @@ class AdaSkip:
         largest = importance.similarity.flatten().sort(descending=True).values
         self.threshold = largest[budget - 1].item() if budget else float("inf")
         self.window = window
-        self.probe: Similarity | None = None  # watches the sub-layers that run in the first steps
+        self.probe: ImportanceProbe | None = None  # watches what runs in the first steps
 
     def __call__(self, step: int) -> Tensor:
         if step == 0:  # a new request
-            self.probe, self.now = Similarity(len(self.mask)), self.mask
+            self.probe, self.now = ImportanceProbe(len(self.mask)), self.mask
         if step == self.window:
             similarity, ratio = self.probe.means()
             extra = (similarity >= self.threshold) & (self.probe.counts > 0)

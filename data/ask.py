@@ -28,6 +28,8 @@ def main() -> None:
     args = parser.parse_args()
     wanted = "expected none, to continue the text, or 2 to 26"
     expect(len(args.choices) in (0, *range(2, 27)), f"choices: {wanted}; found {len(args.choices)}")
+    greedy = not (args.choices and args.temperature)
+    expect(greedy, "--temperature: the stages of a question are greedy; it is for a text alone")
     pipeline, folder = load(args)
     setting, budgets, exit, _ = configure(args, pipeline, folder)
     skips = [POLICIES[args.method or "litestage"](setting, budget) for budget in budgets]

@@ -100,9 +100,9 @@ FLAGS = {
         "N",
         "only the first N questions (default: all; eval.py: 200 of the demo; skip.py: 32)",
     ),
-    "--seed": (0, natural, "N", "of everything random"),
+    "--seed": (0, natural, "N", "seed of everything random"),
     "--device": ("cpu", str, "DEV", "cpu, cuda, cuda:1, ..."),
-    "--dtype": (None, tuple(DTYPES), None, "to compute in (default: as stored)"),
+    "--dtype": (None, tuple(DTYPES), None, "dtype to compute in (default: as stored)"),
     "--plan": (
         None,
         Path,
@@ -143,11 +143,11 @@ FLAGS = {
         False,
         bool,
         None,
-        "every method, or --method, at several budgets, and the plan's",
+        "every method, or the one --method names, at six budgets and at the plan's",
     ),
     "--batch": (1, positive, "N", "questions side by side; latencies are then shares of a batch"),
-    "--temperature": (0.0, number, "T", "0 is greedy"),
-    "--out": (Path("plan.json"), output, "FILE", "the plan"),
+    "--temperature": (0.0, number, "T", "of a continued text; 0 is greedy"),
+    "--out": (Path("plan.json"), output, "FILE", "file of the plan"),
     "--epsilon": (
         [0.01],
         fractions,
@@ -155,12 +155,12 @@ FLAGS = {
         "accuracy that may be lost (default: 0.01); of several the first is the plan",
     ),
     "--max-budget": (None, positive, "N", "the largest budget (default: all sub-layers but two)"),
-    "--step": (1, positive, "N", "between the budgets that are tried"),
+    "--step": (1, positive, "N", "distance between the budgets that are tried"),
     "--refine": (
         0.0,
         number,
         "MIN",
-        "minutes for trying neighbours of the chosen budgets (default: none; alone: 5)",
+        "minutes for trying neighbours of the chosen budgets (default: none; without a number: 5)",
     ),
 }
 MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--compile")
@@ -236,7 +236,7 @@ def run(main: Callable[[], None]) -> None:
 
 def rank() -> tuple[int, int]:
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # batch systems set one
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # only small objects travel, whatever the device
     return (dist.get_rank(), world) if world > 1 else (0, 1)

@@ -9,8 +9,8 @@ prompts of the stages after it:
     Analyze: For option A, {analysis} For option B, {analysis} ...
     Summarize: So the answer is option X.
 
-Who changes a wording changes it in `worked`, too, and in `pieces` of data/train.py, which train on
-whole texts, and searches again: a journal of search.py notices by itself, a plan does not.
+If you change a wording, change it in `worked`, too, and in `pieces` of data/train.py, which train
+on whole texts, and search again: a journal of search.py notices by itself, a plan does not.
 
     python -c "from data.prompts import *; print(find_answer('So the answer is option B.'))"
 """

@@ -28,12 +28,7 @@ IMPORTANCE_QUESTIONS = 32  # enough: with more of the demo's the first half does
 def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     """The checkpoint that --model, --device and --dtype name, ready to answer, and its folder."""
     folder = find_checkpoint(args.model)
-    try:
-        device = torch.empty(1, device=args.device).device  # with its index
-        expect(device.type != "meta", "--device meta: expected one that holds numbers")
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"--device {args.device}: expected cpu or a cuda ({reason})") from None
+    device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are recorded
     torch.manual_seed(args.seed)
@@ -50,8 +45,22 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Path]:
     return Pipeline(model, tokenizer, args.max_new_tokens, read_shots(args), static), folder
 
 
+def find_device(name: str) -> torch.device:
+    """The device that --device names, with its index; under torchrun each rank has its own GPU."""
+    if name == "cuda":
+        rank_here, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        name = f"cuda:{rank_here % max(gpus, 1)}"
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"--device {name}: expected cpu or a cuda ({reason})") from None
+    expect(device.type != "meta", "--device meta: expected one that holds numbers")
+    return device
+
+
 def check_memory(folder: Path, device: torch.device) -> int:
-    """The bytes of the weights. Raises InputError if the device has not so much memory free."""
+    """The bytes of the weights. Raises InputError if the device has less memory free."""
     files = filter(os.path.isfile, weight_files(folder))  # a missing one is named when it is read
     needed = sum(map(os.path.getsize, files))
     if device.type == "cuda":
@@ -78,7 +87,7 @@ def find_checkpoint(name: str) -> Path:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(
-            f"--model {name}: neither a folder nor to be had from the hub ({reason:.150}); where "
+            f"--model {name}: neither a folder nor available from the hub ({reason:.150}); where "
             f"there is a network, run `hf download {name} --local-dir DIR`, then use --model DIR"
         ) from None
 
@@ -92,12 +101,12 @@ def importance_of(pipeline: Pipeline, questions: list[Question], batch: int = 16
     for question, stages in zip(questions, answered):
         said = [stage.texts for stage in stages]
         rows = [pipeline.prompt_ids(i, question, said)[0] for i in range(len(STAGES))]
-        prompts.append([row for row in rows if len(row) <= pipeline.model.args.max_seq_len])
+        prompts += [row for row in rows if len(row) <= pipeline.model.args.max_seq_len]
     return measure_importance(pipeline.model, prompts), answered
 
 
 def exit_of(planned: dict | None, default: float, args: argparse.Namespace) -> Exit | None:
-    """A plan's exit, or one of the default threshold, as the flags change it; of threshold 0: none.
+    """A plan's exit, or one with the default threshold, as the flags change it; 0 means none.
     The exit is LiteStage's: other methods have it only when it is asked for."""
     exit = Exit(**planned) if planned else Exit(threshold=default)
     others = getattr(args, "method", None) not in (None, "litestage")
@@ -107,9 +116,10 @@ def exit_of(planned: dict | None, default: float, args: argparse.Namespace) -> E
 
 
 def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
-    """(setting, budgets, exit, plan) as the flags ask: those of a plan, or --stage-budgets with an
-    importance measured now on validation questions. The demo comes with a plan, and with the
-    importance that the search measured."""
+    """(setting, budgets, exit, points) as the flags ask: those of a plan, or --stage-budgets with
+    an importance measured now on validation questions. The points are what --compare runs: the
+    plan's frontier, each with budgets and exit. The demo comes with a plan, and with the importance
+    that the search measured."""
     n_layers, plan, importance = pipeline.model.args.n_layers, {}, None
     if args.plan is not None:
         plan = read_plan(args.plan, folder, n_layers)
@@ -120,7 +130,8 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
     budgets = args.stage_budgets or plan.get("budgets", [0, 0, 0])
     check_budgets("--stage-budgets", budgets, n_layers)
     exit = exit_of(plan.get("exit"), 0.0 if plan else 0.5, args)
-    for point in plan.get("frontier", [plan] if plan else []):
+    points = plan.get("frontier", [plan] if plan else [])
+    for point in points:
         own = exit_of(point["exit"], 0.0, args)
         point["exit"] = own and own._asdict()
     granularity = args.granularity or plan.get("granularity", "sublayer")
@@ -132,8 +143,8 @@ def configure(args: argparse.Namespace, pipeline: Pipeline, folder: Path):
         importance, _ = importance_of(pipeline, questions)
     setting = Setting(importance, rank(importance.similarity, granularity), granularity, args.seed)
     if args.stage_budgets:
-        plan = {"budgets": budgets, "exit": exit and exit._asdict()}
-    return setting, budgets, exit, plan
+        points = [{"budgets": budgets, "exit": exit and exit._asdict()}]
+    return setting, budgets, exit, points
 
 
 def load_questions(args, pipeline: Pipeline, split: str, limit: int | None):

@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 from data.prompts import base_prompt
 from data.questions import Question, read_questions
+from data.setup import find_device
 from generate import Tokenizer
-from model import InputError, Llama, ModelArgs, read_json
+from model import InputError, Llama, ModelArgs, read_json, read_number
 
 SUMMARY_WEIGHT = 8.0  # of a token of the summary in the loss, where others weigh 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -291,24 +292,14 @@ def parse_args():
         "stop",
     ):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, found {value}")
     for name in ("warmup", "weight_decay"):
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if not 0 <= args.stochastic_depth <= 1:
         parser.error(f"--stochastic-depth must be from 0 to 1, found {args.stochastic_depth}")
     return args
-
-
-def find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"--device {name}: expected cpu or a cuda ({reason})") from None
-    return device
 
 
 def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
@@ -318,7 +309,7 @@ def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
     if args.scratch:
         config = read_json(source / "config.json")
         shape = ModelArgs.from_config(config, str(source / "config.json"))
-        std = config.get("initializer_range", 0.02)
+        std = read_number(config, source / "config.json", "initializer_range", float, 1.0, 0.02)
         return initialize(shape, std, args.seed).to(device), torch.float32
     model = Llama.from_pretrained(source, device, pack=False)
     dtype = model.embed.weight.dtype

@@ -22,9 +22,9 @@ from search import Evaluator
 
 def main() -> None:
     own = ("--limit", "--granularity", "--exit-window", "--out", "--step")
-    args = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own).parse_args()
-    args.granularity = args.granularity or "sublayer"
-    args.exit_window = args.exit_window or Exit().window
+    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *own)
+    parser.set_defaults(granularity="sublayer", exit_window=Exit().window)
+    args = parser.parse_args()
     pipeline, folder = load(args)
     n_sublayers = 2 * pipeline.model.args.n_layers
     plan = read_plan(args.out, folder, n_sublayers // 2)

@@ -109,6 +109,11 @@ def layers(n: int):
     return tensors(edit)
 
 
+def tied_float8(folder: Path) -> None:
+    put(HEAD, lambda t: t.to(torch.float8_e4m3fn))(folder)
+    config(tie_word_embeddings=True)(folder)
+
+
 def long_header(folder: Path) -> None:
     path = folder / "model" / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
@@ -202,7 +207,7 @@ ROWS = {
         Row("overlapping offsets", offsets(0, 64), (W, "not a whole safetensors file")),
         Row("offsets beyond the end", offsets(1 << 30, (1 << 30) + 64), (W, "not a whole")),
         Row("offsets backwards", offsets(64, 0), (W, "not a whole safetensors file")),
-        Row("a tensor missing", tensors(lambda t: t.pop(QUERY)), ("model", QUERY, "1 tensor")),
+        Row("a tensor missing", tensors(lambda t: t.pop(QUERY)), ("model", QUERY, "missing, 1 in")),
         Row(
             "a tensor too many",
             tensors(lambda t: t.update({"model.extra.weight": torch.zeros(2)})),
@@ -218,7 +223,7 @@ ROWS = {
             put(QUERY, lambda t: t.flatten()),
             (W, QUERY, "[256]", "[16, 16]"),
         ),
-        Row("fewer layers than the config", layers(2), ("model", "9 tensors", "layers.2.")),
+        Row("fewer layers than the config", layers(2), ("model", "missing, 9 in", "layers.2.")),
         Row("more layers than the config", layers(4), (W, "unexpected", "layers.3.")),
         Row("stored as integers", put(QUERY, lambda t: t.int()), (W, QUERY, "I32", "F32")),
         Row("quantized to bytes", quantized, (W, QUERY, "I8", "BF16")),
@@ -231,6 +236,7 @@ ROWS = {
             config(tie_word_embeddings=True),
             (W, HEAD, "tie_word_embeddings"),
         ),
+        Row("tied, and a head in float8", tied_float8, (W, HEAD, "F8_E4M3", "F32")),
         Row("not tied, but no head", tensors(lambda t: t.pop(HEAD)), ("model", HEAD, "missing")),
         Row(
             "a name of two lines",
@@ -677,6 +683,12 @@ ROWS = {
             flags=("--temperature", "nan", "Hi"),
             name="generate",
             words=("--temperature", "from 0", "nan"),
+        ),
+        Row(
+            "a temperature for the stages",
+            flags=("--temperature", "1", "Which?", "a cat", "a dog"),
+            name="generate",
+            words=("--temperature", "greedy"),
         ),
         Row(
             "a negative temperature",

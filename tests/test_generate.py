@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import plain
 import pytest
@@ -28,7 +29,7 @@ from data.prompts import (
     summarize_prompt,
 )
 from data.questions import Question
-from generate import Exit, Pipeline, Timings, Tokenizer, generate, generate_batch
+from generate import Exit, Pipeline, StaticStep, Timings, Tokenizer, generate, generate_batch
 from model import InputError, KVCache, Llama
 from skip import POLICIES, Importance, Setting, mask_of, measure_importance, rank
 
@@ -344,7 +345,7 @@ def test_a_number_in_the_skip_set_multiplies_the_stream(llama, follows):
 
 def test_adaskip_watches_the_decoding(llama):
     """Where every similarity reaches the threshold, all FFNs are left out after the window."""
-    importance = measure_importance(llama, [[ids_of(9)]])
+    importance = measure_importance(llama, [ids_of(9)])
     low = Importance(importance.similarity - 9, importance.ratio)
     skip = POLICIES["adaskip"](Setting(low, rank(low.similarity)), 1)
     generate(llama, ids_of(9), 8, skip=skip)
@@ -426,6 +427,24 @@ def test_static_steps_decode_the_same_tokens(folder, order, device):
         assert len(found[0].timings.step_s) == len(expected[0].timings.step_s)
     assert list(static) == [(len(order), 256)]
     assert len(static[len(order), 256].recorded) == 1 + len(SKIPS)
+
+
+def test_copying_the_cache_for_recorded_steps_is_timed(llama, monkeypatch):
+    """It is part of the prefill; recording, once for a skip set, is not. On a clock of our own."""
+    clock = [0.0]
+
+    def takes(seconds, method):
+        def slow(*args):
+            clock[0] += seconds
+            return method(*args)
+
+        return slow
+
+    monkeypatch.setattr("generate.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(StaticStep, "load", takes(2, StaticStep.load))
+    monkeypatch.setattr(StaticStep, "under", takes(50, StaticStep.under))
+    timings = batch(llama, PROMPTS, 3, static={})[0].timings
+    assert (timings.prefill_s, set(timings.step_s)) == (2, {0})
 
 
 def test_a_skip_set_that_changes_from_step_to_step_is_not_recorded(llama):
@@ -702,7 +721,7 @@ def test_after_worked_examples_a_stage_ends_with_its_line(
 @pytest.mark.parametrize("budget", [0, 2, 3, 6])
 def test_no_policy_ever_reads_a_hole(llama, tokenizer, name, budget):
     """Every policy in every stage, one cache, two questions; see `calls` for what is checked."""
-    importance = measure_importance(llama, [[ids_of(9)]])
+    importance = measure_importance(llama, [ids_of(9)])
     setting = Setting(importance, rank(importance.similarity), horizon=4)
     skips = [POLICIES[name](setting, stage) for stage in (budget, max(budget - 1, 0), budget)]
     cache = KVCache(llama, 1, 0)

@@ -4,9 +4,11 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from damage import (
     Done,
     command,
@@ -18,6 +20,8 @@ from damage import (
     search_flags,
     write_questions,
 )
+
+from data.setup import find_device
 
 VARIED = ("--max-new-tokens", "4", "--exit-window", "2", "--exit-threshold", "0.25")
 
@@ -95,3 +99,21 @@ def test_a_mistake_is_told_by_one_rank(files):
     assert (first.status, second.status) == (2, 2)
     assert first.err.startswith("error: ") and first.err.count("\n") == 1
     assert first.out == second.out == second.err == ""
+
+
+def test_a_number_of_ranks_without_a_rank_is_a_batch_system_and_not_torchrun(files):
+    done = forked("eval", *eval_flags(files, "--stage-budgets", "1,3,2"), env={"WORLD_SIZE": "2"})
+    assert (done.status, done.err) == (0, "")
+    assert read_untimed(files / "report.json")["ranks"] == 1
+
+
+def test_every_rank_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    on = lambda _, device: SimpleNamespace(device=torch.device(device))  # noqa: E731
+    monkeypatch.setattr("torch.empty", on)
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.append(str(find_device("cuda")))
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(find_device("cuda:1")) == "cuda:1"

@@ -16,8 +16,8 @@ from skip import (
     POLICIES,
     AdaSkip,
     Importance,
+    ImportanceProbe,
     Setting,
-    Similarity,
     mask_of,
     measure_importance,
     rank,
@@ -84,7 +84,7 @@ def test_rank_of_layers_goes_by_their_mean_and_keeps_pairs():
 
 
 def test_similarity_and_ratio_of_vectors_worked_by_hand():
-    probe = Similarity(2)
+    probe = ImportanceProbe(2)
     before = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
     after = torch.tensor([[[6.0, 8.0], [0.0, 2.0]]])  # cosines 1 and 0, norms 10/5 and 2/1
     probe(0, FFN, before, after)
@@ -99,7 +99,7 @@ def test_similarity_is_computed_in_float32_whatever_the_model_computes_in():
     rng = torch.Generator().manual_seed(0)
     before = torch.randn(1, 4, 64, generator=rng).bfloat16()
     after = (before.float() + 0.02 * torch.randn(1, 4, 64, generator=rng)).bfloat16()
-    probe = Similarity(1)
+    probe = ImportanceProbe(1)
     probe(0, ATTENTION, before, after)
     x, y = before.double(), after.double()
     expected = ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean().item()
@@ -108,11 +108,11 @@ def test_similarity_is_computed_in_float32_whatever_the_model_computes_in():
 
 
 def test_importance_is_the_mean_over_tokens_then_prefills(folder, llama):
-    prompts = [[[0, 5, 9], [0, 5, 9, 7, 3]], [[4, 8, 15, 16, 23, 42], [3]]]
+    prompts = [[0, 5, 9], [0, 5, 9, 7, 3], [4, 8, 15, 16, 23, 42], [3]]
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     similarity, ratio = torch.zeros(3, 2).double(), torch.zeros(3, 2).double()
-    for ids in (ids for stages in prompts for ids in stages):
+    for ids in prompts:
         _, streams = plain.forward(tensors, config, [ids])
         for i, (before, after) in enumerate(streams):
             norms = before.norm(dim=-1), after.norm(dim=-1)
@@ -342,7 +342,7 @@ def test_adaskip_without_budget_skips_nothing_ever():
 
 def test_adaskip_watches_the_model_itself(llama):
     """On a real decoder the probe sees what runs, and no sub-layer that was skipped."""
-    prompts = [[[0, 5, 9, 30, 7]]]
+    prompts = [[0, 5, 9, 30, 7]]
     importance = measure_importance(llama, prompts)
     skip = AdaSkip(Setting(importance, rank(importance.similarity)), 2, window=1)
     mask = skip(0)

@@ -157,6 +157,9 @@ def test_settings_of_another_run_are_refused(start, tmp_path):
     "more, named",
     [
         (["--lr", "0"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--weight-decay", "nan"], "--weight-decay"),
+        (["--device", "meta"], "--device meta"),
         (["--batch-size", "-1"], "--batch-size"),
         (["--stochastic-depth", "2"], "--stochastic-depth"),
         (["--device", "tpu9"], "--device"),
