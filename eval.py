@@ -38,12 +38,13 @@ def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, n
     return Run(name or method, budgets, skips, exit)
 
 
-def compared(setting: Setting, exit: Exit | None, points: list[dict]) -> list[Run]:
-    """The runs of --compare: every method at one to six eighths of all sub-layers, LiteStage at
-    its plans, and its ablations: the plans without the exit, one budget for all stages."""
+def compared(setting: Setting, exit: Exit | None, points: list[dict], budgets=None) -> list[Run]:
+    """The runs of --compare: every method at one to six eighths of all sub-layers, and at budgets,
+    LiteStage at its plans, and its ablations: plans without exit, one budget for all stages."""
     uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in range(1, 7)]
+    grid = [*uniform, budgets] if budgets else uniform
     others = [method for method in POLICIES if method not in ("full", "litestage")]
-    runs = [make_run(method, setting, budgets) for method in others for budgets in uniform]
+    runs = [make_run(method, setting, budgets) for method in others for budgets in grid]
     runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
     for point in points:
         own = point["exit"] and Exit(**point["exit"])
@@ -79,7 +80,7 @@ def main() -> None:
     setting, budgets, exit, points = configure(args, pipeline, folder)
     runs = [make_run("full", setting, [0, 0, 0])]
     if args.compare:
-        others = compared(setting, exit, points)
+        others = compared(setting, exit, points, args.stage_budgets)
         runs += [r for r in others if r.method.startswith(args.method or "")]
     else:
         runs.append(make_run(args.method or "litestage", setting, budgets, exit))

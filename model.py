@@ -92,7 +92,7 @@ class ModelArgs:
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
         rope = config.get(key) or {}
         expect(isinstance(rope, dict), f"{name}: '{key}' must be an object, found {rope!r:.60}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
         fits = isinstance(kind, str) and kind in ROPE_NEEDS
         expect(fits, f"{name}: type of '{key}': expected {list(ROPE_NEEDS)}, found {kind!r:.60}")
         scaling = {k: read_number(rope, name, k, float, 1e9) for k in ROPE_NEEDS[kind]}
@@ -515,8 +515,7 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
         for name, (stored, shape) in header.items():
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store it; it is computed
                 continue
-            known = f"expected {', '.join(STORED)}"
-            expect(stored in STORED, f"{file}: '{name}' is stored as {stored}; {known}")
+            expect(stored in STORED, f"{file}: '{name}' is {stored}, expected {', '.join(STORED)}")
             if name == "lm_head.weight" and tied:
                 head = file  # redundant, and fine if it equals the embedding
                 continue

@@ -37,6 +37,7 @@ def main() -> None:
         exit = exit if args.exit_threshold else None  # by default a plain text just goes on
         model, tokenizer, most = pipeline.model, pipeline.tokenizer, args.max_new_tokens
         ids, ends = tokenizer.encode(args.text), tokenizer.eos_ids
+        check_length(pipeline, ids)
         asked = args.stage_budgets or args.plan or args.method
         skip = skips[0] if asked else None  # and skips nothing
         new = generate.generate(model, ids, most, ends, skip, exit, args.temperature)
@@ -45,11 +46,18 @@ def main() -> None:
         return
     labels = tuple(string.ascii_uppercase[: len(args.choices)])
     question = Question("", args.text, labels, tuple(args.choices), labels[0])
+    check_length(pipeline, pipeline.prompt_ids(0, question, [])[0])
     label, stages = pipeline.answer([question], skips, exit)[0]
     for stage in stages:
         report.print_stage(stage, labels, 2 * setting.n_layers)
     option = dict(zip(labels, args.choices)).get(label, "no such option")
     print(f"answer: {label} ({option})" if label else "answer: none given")
+
+
+def check_length(pipeline: generate.Pipeline, ids: list[int]) -> None:
+    """Raises InputError unless a prompt is one, and fits the model's context."""
+    context = pipeline.model.args.max_seq_len
+    expect(0 < len(ids) <= context, f"text: expected 1 to {context} tokens, found {len(ids)}")
 
 
 def show_importance() -> None:

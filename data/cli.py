@@ -4,6 +4,7 @@ python eval.py -h
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -20,6 +21,13 @@ from tqdm import tqdm
 from data import stop
 from model import DTYPES, InputError
 from skip import POLICIES
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LONGEST_NAME = 230  # of a file; file systems take 255, and .tmp or .123456789abc.journal follow
 
 
 def positive(text: str, least: int = 1) -> int:
@@ -62,8 +70,13 @@ def utf8(text: str) -> str:
 def output(text: str) -> Path:
     """A file that can be written when the work is done, for argparse."""
     path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"expected a name of {LONGEST_NAME} bytes or fewer")
+    if path.is_dir() or not folder.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, found {text!r}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, found {text!r}")
     return path
 
 
@@ -127,7 +140,7 @@ FLAGS = {
         threshold,
         "T",
         "mean confidence that ends a stage; 0: never; auto (default): the plan's, or 0.5 "
-        "with budgets of one's own; search.py: searched; --compare: of LiteStage only",
+        "without a plan; search.py: searched; --compare: of LiteStage only",
     ),
     "--exit-window": (None, positive, "N", "last confidences in that mean (default: 5)"),
     "--max-new-tokens": (64, positive, "N", "the most that one generation may have"),
@@ -216,6 +229,8 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if rank()[0] > 0 or sys.stdout is None:
             sys.stdout = open(os.devnull, "w")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal that lacks a letter
+            sys.stdout.reconfigure(errors="backslashreplace")
         main()
         sys.stdout.flush()
     except InputError as e:
@@ -269,16 +284,23 @@ def progress(*args, **kwargs) -> tqdm:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a file whole or not at all: to a temporary one first, which then takes its name."""
-    part = Path(f"{path}.tmp")
+    """Writes a file whole or not at all: to a temporary one first, which then takes its name. A
+    link stays a link; a device or a pipe is written to directly."""
+    text = json.dumps(value, indent=1) + "\n"
+    part = None
     try:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+            return
+        path = Path(os.path.realpath(path))
+        part = Path(f"{path}.tmp")
+        part.write_text(text)
         os.replace(part, path)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
     finally:
-        if part.exists():
-            part.unlink()
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def checksum(line) -> int:
@@ -294,12 +316,16 @@ class Journal:
             self.lines = gather(None)[0]
             return
         try:
-            raw = path.read_bytes() if path.exists() else b""
+            self.file = open(path, "a+b")
+            if fcntl is not None:  # until this process ends
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.seek(0)
+            raw = self.file.read()
             whole = raw[: raw.rfind(b"\n") + 1]
             self.lines = [self.unsealed(json.loads(line)) for line in whole.splitlines()]
-            self.file = open(path, "r+b" if path.exists() else "w+b")
             self.file.truncate(len(whole))
-            self.file.seek(0, os.SEEK_END)
+        except BlockingIOError:
+            raise InputError(f"{path}: another search is writing to it") from None
         except OSError as e:
             raise InputError(f"{path}: the journal cannot be opened ({e.strerror})") from None
         except ValueError as e:

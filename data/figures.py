@@ -145,7 +145,7 @@ def main() -> None:
             if similarity:
                 drawn.append(args.out / f"{file.stem}-importance.png")
                 draw_importance(plt, similarity, drawn[-1])
-        except (KeyError, TypeError, AttributeError) as e:
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{file}: not a report or a plan ({type(e).__name__}: {e})") from None
         if not drawn:
             raise InputError(f"{file}: expected a report of eval.py or a plan of search.py")

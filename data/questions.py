@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from model import InputError
+from model import InputError, expect
 
 FOLDER = Path(__file__).resolve().parent  # where a named data set has its folder
 BENCHMARKS = ("obqa", "csqa", "strategyqa")  # made by data/prepare.py
@@ -52,6 +52,8 @@ def locate(data: str | os.PathLike, split: str) -> Path:
     if named or os.path.isdir(path):
         path = path / f"{split}.jsonl"
     if os.path.exists(path):
+        whole = os.path.isfile(path)  # a pipe would be empty when it is read again
+        expect(whole, f"--data {name}: expected a file or a folder, found a pipe or a device")
         return path
     if name in BENCHMARKS:
         raise InputError(f"{path}: not there yet; make it with: python data/prepare.py {name}")

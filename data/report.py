@@ -26,7 +26,7 @@ def wilson(right: int, n: int) -> list[float]:
     p, spread = right / n, Z * Z / n
     middle = (p + spread / 2) / (1 + spread)
     half = Z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
-    return [max(middle - half, 0.0), min(middle + half, 1.0)]
+    return [middle - half if right else 0.0, middle + half if right < n else 1.0]
 
 
 def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
@@ -71,13 +71,13 @@ def describe(r, full, correct: Sequence[str]) -> dict:
         "method": r.method,
         "budgets": list(r.budgets),
         "exit": r.exit and r.exit._asdict(),
-        "accuracy": mean(right),
+        "accuracy": sum(right) / len(right),
         "accuracy_ci95": wilson(sum(right), len(right)),
         "no_answer": r.answers.count(None),
         "too_long": sum(any("context" in s.stops for s in stages) for stages in r.stages),
         "latency_s": latency,
         "speedup": full_latency / latency if latency else 1.0,
-        "accuracy_delta": mean(right) - mean(base),
+        "accuracy_delta": sum(right) / len(right) - sum(base) / len(base),
         "accuracy_delta_ci95": paired(base, right),
         "stages": [describe_stage([stages[i] for stages in r.stages]) for i in range(3)],
     }
@@ -106,6 +106,13 @@ def name_of(run: dict) -> str:
     return f"{run['method']} {','.join(map(str, run['budgets']))}"
 
 
+def in_columns(value: float, digits: int, most: int) -> str:
+    """A number with so many digits after its point, or fewer where it would be too long."""
+    while digits and len(f"{value:.{digits}f}") > most:
+        digits -= 1
+    return f"{value:.{digits}f}"
+
+
 def print_runs(runs: list[dict]) -> None:
     """A line for every run: accuracy with its interval, cost, speed-up, sub-layers skipped."""
     print(
@@ -117,9 +124,11 @@ def print_runs(runs: list[dict]) -> None:
         accuracy = f"{100 * r['accuracy']:.1f} [{100 * low:.1f},{100 * high:.1f}]"
         tokens = sum(stage["tokens"] for stage in r["stages"])
         skipped = ",".join(f"{round(stage['skipped_sublayers'], 1):g}" for stage in r["stages"])
+        name = name_of(r) if len(name_of(r)) < 26 else f"{name_of(r)}\n{'':26}"
+        ms, speedup = in_columns(1e3 * r["latency_s"], 1, 6), in_columns(r["speedup"], 2, 4)
         print(
-            f"{name_of(r):<26}{accuracy:>19}{tokens:>7.1f}{1e3 * r['latency_s']:>7.1f}"
-            f"{r['speedup']:>5.2f}x{skipped:>15}"
+            f"{name:<26}{accuracy:>19}{in_columns(tokens, 1, 6):>7}{ms:>7}{speedup:>5}x"
+            f"{skipped:>15}"
         )
 
 
@@ -170,13 +179,15 @@ def print_report(report: dict) -> None:
 def print_full(full: dict, order: Sequence[int], noise: float) -> None:
     """The full model on the validation questions, and the order in which stages are searched."""
     took = full["stage_s"]
-    slowest = ", ".join(f"{STAGES[i]} {1e3 * took[i]:.2f} ms" for i in order)
+    slowest = ", ".join(f"{STAGES[i]} {1e3 * took[i]:.2f}" for i in order)
     print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
-    print(f"slowest stage first: {slowest} (measuring noise: {noise:.1%})")
+    print(f"slowest stage first, ms: {slowest} (noise: {noise:.1%})")
+    if full["accuracy"] == 0:
+        print("it answers none of the questions right: every budget meets the target")
     for slower, faster in zip(order, order[1:]):
         if took[slower] <= took[faster] * (1 + noise):
             both = f"{STAGES[slower]} and {STAGES[faster]}"
-            print(f"{both} are equally slow, within the noise: another run may swap them")
+            print(f"{both} are equally slow, within the noise:\n  another run may swap them")
 
 
 def meets(trial: dict, target: float) -> bool:

@@ -28,9 +28,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import make_parser, run, write_json  # first, for Ctrl-C: torch takes a second to load
+from data import cli  # isort: skip  (first, for Ctrl-C: torch takes a second to load)
 
-# isort: split
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -40,9 +39,9 @@ from tqdm import tqdm
 
 from data.prompts import base_prompt
 from data.questions import Question, read_questions
-from data.setup import find_device
+from data.setup import find_checkpoint, find_device
 from generate import Tokenizer
-from model import InputError, Llama, ModelArgs, read_json, read_number
+from model import InputError, Llama, ModelArgs, expect, read_json, read_number
 
 SUMMARY_WEIGHT = 8.0  # of a token of the summary in the loss, where others weigh 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -235,7 +234,7 @@ def copy_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
     except OSError as e:
         raise InputError(f"--out {out}: expected a folder ({e.strerror})") from None
     config = read_json(source / "config.json")
-    write_json(out / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    cli.write_json(out / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
     if source.resolve() != out.resolve():
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source / name).exists():
@@ -246,32 +245,32 @@ def copy_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder to start from")
+    add("--model", required=True, help="checkpoint folder to start from, hub id ORG/NAME, or demo")
     add("--scratch", action="store_true", help="random weights; --model needs no weights then")
     add("--data", required=True, help="questions with recall and analyze texts (JSON lines)")
     add("--valid", help="such a file, for the validation loss")
     add("--out", required=True, help="checkpoint folder to write; a killed run resumes there")
-    add("--steps", type=int, help="optimizer steps (default: what --epochs makes)")
-    add("--stop", type=int, help="end after this step, before the schedule does (default: never)")
-    add("--epochs", type=float, default=1.0, help="passes over --data (default: 1)")
-    add("--batch-size", type=int, default=32, help="questions per step (default: 32)")
-    add("--accumulate", type=int, default=2, help="micro-batches per step (default: 2)")
-    add("--workers", type=int, default=1, help="micro-batches at a time (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
-    add("--warmup", type=int, default=50, help="warm-up steps (default: 50)")
-    add("--weight-decay", type=float, default=0.05, help="of matrices (default: 0.05)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
+    add("--steps", type=cli.positive, help="optimizer steps (default: what --epochs makes)")
+    add("--stop", type=cli.positive, help="end after this step, before the schedule does")
+    add("--epochs", type=cli.number, default=1.0, help="passes over --data (default: 1)")
+    add("--batch-size", type=cli.positive, default=32, help="questions per step (default: 32)")
+    add("--accumulate", type=cli.positive, default=2, help="micro-batches per step (default: 2)")
+    add("--workers", type=cli.positive, default=1, help="micro-batches at a time (default: 1)")
+    add("--lr", type=cli.number, default=1e-3, help="peak learning rate (default: 1e-3)")
+    add("--warmup", type=cli.natural, default=50, help="warm-up steps (default: 50)")
+    add("--weight-decay", type=cli.number, default=0.05, help="of matrices (default: 0.05)")
+    add("--clip", type=cli.number, default=1.0, help="largest gradient norm (default: 1)")
     add(
         "--stochastic-depth",
-        type=float,
+        type=cli.fraction,
         default=0.0,
         metavar="P",
         help="how often the last sub-layer is skipped while training (default: 0)",
     )
-    add("--save-every", type=int, default=100, help="steps between saves (default: 100)")
-    add("--seed", type=int, default=0, help="of weights, order and skips (default: 0)")
+    add("--save-every", type=cli.positive, default=100, help="steps between saves (default: 100)")
+    add("--seed", type=cli.natural, default=0, help="seed of weights, order and skips (default: 0)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add(
         "--bf16",
@@ -280,32 +279,14 @@ def parse_args():
         help="autocast to bfloat16; auto: on a GPU only (default: auto)",
     )
     args = parser.parse_args()
-    for name in (
-        "epochs",
-        "batch_size",
-        "accumulate",
-        "workers",
-        "lr",
-        "clip",
-        "save_every",
-        "steps",
-        "stop",
-    ):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, found {value}")
-    for name in ("warmup", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    if not 0 <= args.stochastic_depth <= 1:
-        parser.error(f"--stochastic-depth must be from 0 to 1, found {args.stochastic_depth}")
+    for name in ("epochs", "lr", "clip"):
+        if getattr(args, name) == 0:
+            parser.error(f"--{name} must be above 0")
     return args
 
 
 def load_start(args, source: Path, device) -> tuple[Llama, torch.dtype]:
     """The model to train, its weights in float32, and the dtype to store it in."""
-    if not source.is_dir():
-        raise InputError(f"--model {args.model}: no such checkpoint folder")
     if args.scratch:
         config = read_json(source / "config.json")
         shape = ModelArgs.from_config(config, str(source / "config.json"))
@@ -334,7 +315,7 @@ def fitting(questions: list[Question], tokenizer: Tokenizer, limit: int, path) -
 
 def main():
     args = parse_args()
-    source, out, device = Path(args.model), Path(args.out), find_device(args.device)
+    source, out, device = find_checkpoint(args.model), Path(args.out), find_device(args.device)
     model, dtype = load_start(args, source, device)
     tokenizer = Tokenizer.from_pretrained(source)
     if tokenizer.vocab_size > model.args.vocab_size:
@@ -377,7 +358,7 @@ def main():
     if valid:
         print(f"step {first}: validation loss {validate(model, valid, device, size, cast):.4f}")
     order, epoch = [], -1
-    bar = tqdm(range(first, last), initial=first, total=last, file=sys.stderr, unit="step")
+    bar = cli.progress(range(first, last), initial=first, total=last, file=sys.stderr, unit="step")
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")
         chosen = []
@@ -402,6 +383,7 @@ def main():
             for p, grad in zip(parameters, grads):
                 if grad is not None:
                     p.grad += grad
+        expect(math.isfinite(total), f"step {step + 1}: the loss is {total}; try a smaller --lr")
         torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
@@ -419,4 +401,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -30,6 +30,8 @@ def main() -> None:
     plan = read_plan(args.out, folder, n_sublayers // 2)
     file, questions = load_questions(args, pipeline, "valid", args.limit)
     journal, _ = journal_of(args, pipeline, folder, file, len(questions))
+    if not journal.lines:
+        journal.path.unlink(missing_ok=True)
     found = f"{journal.path}: no step times; run search.py with the same flags first"
     expect(bool(journal.find("measured")), found)
     evaluator = Evaluator(pipeline, questions, journal, args)

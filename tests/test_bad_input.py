@@ -6,6 +6,7 @@ ROWS is the list; tests/bad_input.md shows it with the line that each prints. To
 """
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -659,6 +660,29 @@ ROWS = {
             flags=("--out", "{DIR}/model"),
             name="search",
             words=("--out", "DIR/model", "expected a file"),
+        ),
+        Row(
+            "a report of a long name",
+            flags=("--json", "x" * 250),
+            words=("--json", "230 bytes or fewer"),
+        ),
+        Row(
+            "questions from a pipe",
+            lambda folder: os.mkfifo(folder / "pipe"),
+            ("--data", "DIR/pipe", "found a pipe"),
+            ("--data", "{DIR}/pipe"),
+        ),
+        Row(
+            "a question longer than the context",
+            flags=("which " * 100, "a cat", "a dog"),
+            name="generate",
+            words=("text", "expected 1 to"),
+        ),
+        Row(
+            "a text longer than the context",
+            flags=("which " * 100,),
+            name="generate",
+            words=("text", "expected 1 to"),
         ),
         Row("a negative seed", flags=("--seed", "-1"), words=("--seed", "-1")),
         Row("a seed of 10^30", flags=("--seed", "1" + "0" * 30), words=("--seed", "2^31")),

@@ -9,7 +9,7 @@ from damage import question, write_questions
 
 import eval as evaluation
 from data import sweep
-from data.report import paired, wilson
+from data.report import paired, print_runs, wilson
 
 
 @pytest.fixture
@@ -38,6 +38,21 @@ def test_wilson_is_the_published_interval():
         (1, 29, 0.0061, 0.1718),
     ):
         assert wilson(right, n) == pytest.approx([low, high], abs=6e-5)
+
+
+def test_wilsons_interval_ends_exactly_where_all_or_none_are_right():
+    for n in range(1, 600):
+        low, high = wilson(0, n), wilson(n, n)
+        assert low[0] == 0.0 < low[1] < 1 and 0 < high[0] < high[1] == 1.0
+
+
+def test_columns_do_not_run_together(reported, capsys):
+    report, _ = reported("--stage-budgets", "3,1,2")
+    run = report["runs"][1] | {"speedup": 13.204, "latency_s": 12.3456}
+    print_runs([run, run | {"method": "litestage-uniform", "budgets": [100, 100, 100]}])
+    _, row, name, below = capsys.readouterr().out.splitlines()
+    assert row.split()[-3:-1] == ["12346", "13.2x"] and row.endswith("3,1,2")
+    assert name == "litestage-uniform 100,100,100" and below == " " * 26 + row[26:]
 
 
 def test_the_paired_interval_is_agresti_and_mins():
@@ -112,6 +127,8 @@ def test_compare_of_one_method_runs_that_alone(reported):
 def test_compare_of_given_budgets_runs_them_too(reported):
     report, _ = reported("--compare", "--method", "litestage", "--stage-budgets", "3,1,2")
     assert ("litestage", [3, 1, 2]) in [(r["method"], r["budgets"]) for r in report["runs"]]
+    report, _ = reported("--compare", "--method", "random", "--stage-budgets", "3,1,2")
+    assert report["runs"][-1]["budgets"] == [3, 1, 2]
 
 
 def test_the_exit_is_litestages_and_others_have_it_only_when_asked(reported):

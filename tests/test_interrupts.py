@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,11 @@ from damage import (
     write_questions,
 )
 
+from data.cli import Journal
+
 MANY = 24  # questions, so that a search has more than one batch of them
 QUICK = ("--limit", "6", "--step", "4")  # one batch, few trials
+FEW_ROUNDS = "import search; search.ROUNDS = 2"  # how fast a step is does not matter here
 # a few tokens and an exit that sometimes happens, so that texts of a batch end at different steps
 VARIED = ("--max-new-tokens", "6", "--exit-window", "2", "--exit-threshold", "0.25")
 
@@ -531,3 +535,37 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     done = subprocess.run(run, capture_output=True, text=True, preexec_fn=restore)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_searches_do_not_write_to_one_journal(files):
+    (journal,) = searched(files, *QUICK)
+    raw, held = journal.read_bytes(), Journal(journal)
+    done = forked("search", *search_flags(files, *QUICK), before=FEW_ROUNDS)
+    assert f"{journal}: another search is writing to it" in one_line(done)
+    assert journal.read_bytes() == raw
+    held.file.close()
+    assert forked("search", *search_flags(files, *QUICK), before=FEW_ROUNDS).status == 0
+
+
+def test_a_report_goes_through_a_link_and_into_a_pipe(files):
+    (files / "link.json").symlink_to("target.json")
+    os.mkfifo(files / "pipe")
+    reader = os.open(files / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link.json", "pipe"):
+        flags = eval_flags(files, "--stage-budgets", "1,1,1", "--json", str(files / name))
+        assert command("eval", *flags).status == 0
+    assert (files / "link.json").is_symlink() and (files / "pipe").is_fifo()
+    for raw in ((files / "target.json").read_bytes(), os.read(reader, 1 << 20)):
+        assert json.loads(raw)["runs"][1]["budgets"] == [1, 1, 1]
+    os.close(reader)
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped():
+    with subprocess.Popen(
+        [sys.executable, "generate.py", "Ж", "--max-new-tokens", "1"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.read().startswith(rb"\u0416")
+    assert process.returncode == 0

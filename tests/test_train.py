@@ -160,6 +160,7 @@ def test_settings_of_another_run_are_refused(start, tmp_path):
         (["--lr", "inf"], "--lr"),
         (["--weight-decay", "nan"], "--weight-decay"),
         (["--device", "meta"], "--device meta"),
+        (["--lr", "1e5", "--warmup", "0", "--steps", "40", "--clip", "1e6"], "a smaller --lr"),
         (["--batch-size", "-1"], "--batch-size"),
         (["--stochastic-depth", "2"], "--stochastic-depth"),
         (["--device", "tpu9"], "--device"),
