@@ -124,7 +124,7 @@ def print_runs(runs: list[dict]) -> None:
         accuracy = f"{100 * r['accuracy']:.1f} [{100 * low:.1f},{100 * high:.1f}]"
         tokens = sum(stage["tokens"] for stage in r["stages"])
         skipped = ",".join(f"{round(stage['skipped_sublayers'], 1):g}" for stage in r["stages"])
-        name = name_of(r) if len(name_of(r)) < 26 else f"{name_of(r)}\n{'':26}"
+        name = name_of(r) if len(name_of(r)) <= 26 else f"{name_of(r)}\n{'':26}"
         ms, speedup = in_columns(1e3 * r["latency_s"], 1, 6), in_columns(r["speedup"], 2, 4)
         print(
             f"{name:<26}{accuracy:>19}{in_columns(tokens, 1, 6):>7}{ms:>7}{speedup:>5}x"
