@@ -179,9 +179,10 @@ def print_report(report: dict) -> None:
 def print_full(full: dict, order: Sequence[int], noise: float) -> None:
     """The full model on the validation questions, and the order in which stages are searched."""
     took = full["stage_s"]
-    slowest = ", ".join(f"{STAGES[i]} {1e3 * took[i]:.2f}" for i in order)
-    print(f"full model: accuracy {full['accuracy']:.1%}, {1e3 * full['latency_s']:.2f} ms/question")
-    print(f"slowest stage first, ms: {slowest} (noise: {noise:.1%})")
+    slowest = ", ".join(f"{STAGES[i]} {1e3 * took[i]:.2f} ms" for i in order)
+    total = f"{1e3 * full['latency_s']:.2f} ms/question"
+    print(f"full model: accuracy {full['accuracy']:.1%}, {total}, measuring noise {noise:.1%}")
+    print(f"slowest stage first: {slowest}")
     if full["accuracy"] == 0:
         print("it answers none of the questions right: every budget meets the target")
     for slower, faster in zip(order, order[1:]):
