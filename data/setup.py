@@ -77,7 +77,7 @@ def check_memory(folder: Path, device: torch.device) -> int:
 def find_checkpoint(name: str) -> Path:
     """The folder of a checkpoint: the demo's, a local one, or one fetched from the hub."""
     folder = ROOT / "data" / "demo" / "model" if name == "demo" else Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     expect(hub_id is not None, f"--model {name}: expected a checkpoint folder or a hub id ORG/NAME")
@@ -161,6 +161,7 @@ def read_shots(args: argparse.Namespace) -> str:
     """The first --shots worked examples of the data set, "" for none."""
     if not args.shots:
         return ""
+    expect(args.data != "demo", "--shots: the demo has none, its model knows the prompts")
     file = locate(args.data, "shots")
     examples = read_questions(file, targets=True)
     expect(len(examples) >= args.shots, f"--shots {args.shots}: {file} has {len(examples)}")

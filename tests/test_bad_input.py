@@ -684,6 +684,12 @@ ROWS = {
             name="generate",
             words=("text", "expected 1 to"),
         ),
+        Row("no model", flags=("--model", ""), words=("--model", "expected a checkpoint")),
+        Row(
+            "worked examples of the demo",
+            flags=("--data", "demo", "--shots", "2"),
+            words=("--shots", "none"),
+        ),
         Row("a negative seed", flags=("--seed", "-1"), words=("--seed", "-1")),
         Row("a seed of 10^30", flags=("--seed", "1" + "0" * 30), words=("--seed", "2^31")),
         Row(
