@@ -365,6 +365,11 @@ ROWS = {
         ),
         Row("biases that the weights lack", config(attention_bias=True), ("model", "bias")),
         Row(
+            "a rope_scaling without its type",
+            config(rope_scaling={"factor": 2.0}),
+            (C, "'rope_scaling'", "linear", "None"),
+        ),
+        Row(
             "unknown rope_scaling",
             config(rope_scaling={"type": "yarn", "factor": 2.0}),
             (C, "rope_scaling", "yarn", "linear", "llama3"),
