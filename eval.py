@@ -7,96 +7,135 @@ median step time. `python eval.py` alone runs the plan that ships with the demo.
     python eval.py --stage-budgets 2,4,1
 """
 
+import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 
-from data import cli
 from data.questions import Question
-from data.report import describe, make_report, print_report
-from data.setup import configure, load, load_questions
-from generate import Exit, Pipeline, Stage
-from model import KVCache
+from generate import Exit, Pipeline, StageResult
 from skip import POLICIES, Setting
+from tools import command
+from tools.flags import METHOD_FLAGS, MODEL_FLAGS, SEARCH_FLAGS, make_parser
+from tools.progress import progress
+from tools.ranks import interleave, rank
+from tools.report import Kept, keep_answers, make_entry, make_report, publish
+from tools.runs import plan_runs, set_up
+from tools.setup import say_if_chance
 
-DEMO_LIMIT = 200  # questions of the demo unless --limit asks for more: a minute or two
+Z = 1.959964  # of a 95% interval
+def wilson(right: int, n: int) -> list[float]:
+    """Wilson's 95% interval of an accuracy, `right` of n."""
+    p = right / n
+    spread = Z * Z / n
+    middle = (p + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
+    low = middle - half if right else 0.0
+    high = middle + half if right < n else 1.0
+    return [low, high]
 
+
+def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
+    """95% interval of accuracy(other) - accuracy(base) over the same questions.
+
+    Wald's interval with half a question added to each kind of disagreement (Agresti and Min 2005),
+    so that it does not vanish when the two never disagree.
+    """
+    gained, lost = 0.5, 0.5
+    for before, after in zip(base, other):
+        gained += after > before
+        lost += before > after
+    n = len(base) + 2
+    middle = (gained - lost) / n
+    half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return [max(middle - half, -1.0), min(middle + half, 1.0)]
 
 @dataclass
 class Run:
     """One method on the questions, and what came of it."""
 
     method: str
-    budgets: Sequence[int]
-    skips: Sequence
+    budgets: list[int]
+    skips: list  # a skip set for each stage
     exit: Exit | None = None
+    variant: str | None = None  # an ablation of LiteStage: "uniform" or "no-exit"
     answers: list[str | None] = field(default_factory=list)
-    stages: list[list[Stage]] = field(default_factory=list)  # three for each question
+    stages: list[list[StageResult]] = field(default_factory=list)  # all stages of each question
 
 
-def make_run(method: str, setting: Setting, budgets: Sequence[int], exit=None, name="") -> Run:
-    skips = [POLICIES[method](setting, budget) for budget in budgets]
-    return Run(name or method, budgets, skips, exit)
+def make_run(policy: str, setting: Setting, budgets: list[int], exit=None, name="", variant=None):
+    """A run of a policy, by another name if it is given one."""
+    skips = []
+    for stage, budget in enumerate(budgets):
+        skips.append((POLICIES | setting.trained)[policy](setting.at(stage), budget))
+    return Run(name or policy, budgets, skips, exit, variant)
 
 
-def compared(setting: Setting, exit: Exit | None, points: list[dict], budgets=None) -> list[Run]:
-    """The runs of --compare: every method at one to six eighths of all sub-layers, and at budgets,
-    LiteStage at its plans, and its ablations: plans without exit, one budget for all stages."""
-    uniform = [[setting.n_layers * eighths // 4] * 3 for eighths in range(1, 7)]
-    grid = [*uniform, budgets] if budgets else uniform
-    others = [method for method in POLICIES if method not in ("full", "litestage")]
-    runs = [make_run(method, setting, budgets) for method in others for budgets in grid]
-    runs += [make_run("litestage", setting, b, exit, "litestage-uniform") for b in uniform]
-    for point in points:
-        own = point["exit"] and Exit(**point["exit"])
-        runs.append(make_run("litestage", setting, point["budgets"], own))
-        if own:
-            runs.append(make_run("litestage", setting, point["budgets"], None, "litestage-no-exit"))
-    return runs
+def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch=1, kept=None):
+    """Answers the questions, `batch` side by side, with every run in turn, after a warm-up. What
+    was `kept` of an evaluation that was killed is taken from there."""
+    kept = kept or Kept(None)
+    number, world = rank()
+    caches = []
+    for run in runs:
+        caches.append(pipeline.new_caches(batch))
+        pipeline.answer(questions[:batch], run.skips, run.exit)
+    with progress(total=len(questions) * len(runs), desc="questions") as bar:
+        for turn, start in enumerate(range(0, len(questions), batch * world)):
+            together = questions[start : start + batch * world]
+            mine = together[number::world]
+            answered = kept.get(turn)
+            if answered is None:
+                answered = [[] for _ in runs]
+                for i in range(len(runs)):
+                    k = (turn + i) % len(runs)  # no run is always first
+                    if mine:
+                        own = caches[k][: len(mine)]
+                        answered[k] = pipeline.answer(mine, runs[k].skips, runs[k].exit, own)
+                    answered[k] = interleave(answered[k])
+                kept.put(answered)
+            for run, rows in zip(runs, answered):
+                run.answers += [label for label, _ in rows]
+                run.stages += [stages for _, stages in rows]
+            bar.update(len(together) * len(runs))
+
+def latency_s(run: Run) -> float:
+    """Seconds per question, end to end."""
+    return mean(sum(stage.latency_s for stage in stages) for stages in run.stages)
 
 
-def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch: int = 1):
-    """Answers the questions, `batch` side by side, with every run in turn, after a warm-up."""
-    chunks = [questions[i : i + batch] for i in range(0, len(questions), batch)]
-    caches = [[KVCache(pipeline.model, 1, 0) for _ in questions[:batch]] for _ in runs]
-    with cli.progress(total=len(questions) * len(runs), desc="questions") as bar:
-        for r in runs:
-            pipeline.answer(questions[:batch], r.skips, r.exit)
-        for i, chunk in enumerate(chunks):
-            for k in range(i, i + len(runs)):  # no run is always first
-                r, mine = runs[k % len(runs)], caches[k % len(runs)][: len(chunk)]
-                answered = pipeline.answer(chunk, r.skips, r.exit, mine)
-                r.answers += [label for label, _ in answered]
-                r.stages += [stages for _, stages in answered]
-                bar.update(len(chunk))
+def describe(run: Run, full: Run, questions: list[Question]) -> dict:
+    """One run's entry in the report; differences and speed-up are against the full model."""
+    right = [given == question.answer for given, question in zip(run.answers, questions)]
+    base = [given == question.answer for given, question in zip(full.answers, questions)]
+    n = len(questions)
+    latency = latency_s(run)
+    numbers = {
+        "accuracy": sum(right) / n,
+        "accuracy_ci95": wilson(sum(right), n),
+        "latency_s": latency,
+        "speedup": latency_s(full) / latency if latency else 1.0,
+        "accuracy_delta": (sum(right) - sum(base)) / n,
+        "accuracy_delta_ci95": paired(base, right),
+    }
+    return make_entry(run, numbers)
 
 
 def main() -> None:
-    own = ("--split", "--json", "--compare", "--batch")
-    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *cli.METHOD_FLAGS, *own)
-    args = parser.parse_args()
-    pipeline, folder = load(args)
-    quick = DEMO_LIMIT if args.data == "demo" else None
-    _, questions = load_questions(args, pipeline, args.split, args.limit or quick)
-    setting, budgets, exit, points = configure(args, pipeline, folder)
-    runs = [make_run("full", setting, [0, 0, 0])]
-    if args.compare:
-        others = compared(setting, exit, points, args.stage_budgets)
-        runs += [r for r in others if r.method.startswith(args.method or "")]
-    else:
-        runs.append(make_run(args.method or "litestage", setting, budgets, exit))
-    number, ranks = cli.rank()
-    evaluate(pipeline, questions[number::ranks], runs, args.batch)
-    for r in runs:  # rank k answered questions k, k + ranks, ...: back into their order
-        r.answers, r.stages = cli.interleave(r.answers), cli.interleave(r.stages)
-    correct = [question.answer for question in questions]
-    entries = [describe(r, runs[0], correct) for r in runs]
-    report = make_report(args, pipeline.model, entries, len(questions), args.batch)
-    try:
-        if args.json and number == 0:
-            cli.write_json(args.json, report)
-    finally:  # a closed pipe loses no file, a full disk no table
-        print_report(report)
+    own = ("--split", "--json", "--texts", "--compare", "--batch")
+    args = make_parser(__doc__, *MODEL_FLAGS, *SEARCH_FLAGS, *METHOD_FLAGS, *own).parse_args()
+    asked, pipeline, plans = set_up(args)
+    questions = asked.questions
+    runs = [make_run(*planned) for planned in plan_runs(plans, args)]
+    kept = keep_answers(args, pipeline, asked, plans, runs)
+    evaluate(pipeline, questions, runs, args.batch, kept)
+    entries = [describe(each, runs[0], questions) for each in runs]
+    report = make_report(args, pipeline, questions, entries, args.batch)
+    publish(args, report, runs, kept)
+    say_if_chance(entries[0]["accuracy_ci95"], questions)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

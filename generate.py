@@ -1,97 +1,144 @@
-"""Generation: prefill, decoding under a skip set, the confidence exit, the three stages.
+"""Generation: prefill, decoding under a skip set, the confidence exit, the stages of a question.
 
-Prefill runs all layers, decoding skips. A question is answered in three stages (TinyThinker, Piao
-and Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt
-of each stage holds everything that was generated before.
+Prefill runs all layers, decoding skips. A question is answered in stages (TinyThinker, Piao and
+Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt of
+each stage holds everything that was generated before.
 
     python generate.py "Which one contains alcohol?" wrench lemonade milk wine
 """
 
-from data.prompts import STAGES, find_answer, finish, stage_prompts  # isort: skip  (for Ctrl-C)
+import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from os.path import commonprefix  # of any sequences, token ids among them
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from data.prompts import STAGES, find_answer, quote, stage_prompts
 from data.questions import Question
 from data.tokenizer import Tokenizer
-from model import KVCache, Llama, expect
+from model import KVCache, Llama, Skip, expect
+from skip import Importance, measure_importance
+
+Group = tuple[KVCache, list[list[int]]]  # prompts that share a cache of one row
 
 
 class Exit(NamedTuple):
-    """Confidence exit (LiteStage): stop when the mean of the last `window` confidences, each a
-    token's largest softmax probability, is at or below `threshold`; with fewer it goes on."""
+    """Generation early exit (LiteStage): when the mean of the last `window` confidences, each a
+    token's largest softmax probability (the figure says max(token logit), which means something
+    else for every model), is at or below `threshold`, the end takes the place of the last token."""
 
     window: int = 5
     threshold: float = 0.5
 
 
+class Until(NamedTuple):
+    """When a text ends: at an end token, which is not part of it, or one of last_ids, which is; at
+    so many tokens; when the exit says so."""
+
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    last_ids: frozenset[int] = frozenset()
+    exit: Exit | None = None
+
+
 class Timings(NamedTuple):
-    """What a batch cost: seconds of the prefill up to the first token, and of each step after."""
+    """What a batch cost: seconds of the prefill up to the first token, and of each step after; how
+    many sub-layers each step skips, [attention, FFN]."""
 
     prefill_s: float
     step_s: list[float]
-    skipped: float = 0.0  # sub-layers, mean over the steps
+    skips: list[list[float]]
+
+    @property
+    def skipped(self) -> float:
+        """Sub-layers, mean over the steps."""
+        return sum(map(sum, self.skips)) / max(len(self.skips), 1)
 
     @property
     def decode_s(self) -> float:
-        """Steps x median step time: one step that the system preempted does not count."""
-        return len(self.step_s) * median(self.step_s) if self.step_s else 0.0
+        """Count x median time of each kind of step, summed: one step that the system preempted does
+        not count. Steps that skip as many sub-layers are of one kind."""
+        by_kind: dict[float, list[float]] = {}
+        for skipped, seconds in zip(self.skips, self.step_s):
+            by_kind.setdefault(sum(skipped), []).append(seconds)
+        return sum(len(steps) * median(steps) for steps in by_kind.values())
 
     def share(self, n: int) -> "Timings":
         """One question's part of a batch of n."""
-        return Timings(self.prefill_s / n, [step / n for step in self.step_s], self.skipped)
+        return Timings(self.prefill_s / n, [step / n for step in self.step_s], self.skips)
 
 
 class Generation(NamedTuple):
-    """What one row generated; why it stopped: eos, confidence, length or context; the time of the
-    whole batch it was generated in."""
+    """What one row generated: ids, the confidence of each; why it stopped: eos, confidence, length
+    or context; its decoding steps, none for the first token; the time of its whole batch."""
 
     ids: list[int]
+    confidences: list[float]
     stop: str
+    steps: int
     timings: Timings
-    steps: int  # decoding steps it took, none for the first token
+
+def common_prefix(texts: list[list[int]]) -> int:
+    """How many tokens all texts begin with: ABCD, ABE -> 2."""
+    for length, column in enumerate(zip(*texts)):
+        if len(set(column)) > 1:
+            return length
+    return min(map(len, texts))
 
 
-def prefill(model: Llama, groups: list[tuple[KVCache, list[list[int]]]], room: int):
-    """Runs all layers on prompts, each group of which shares a cache of one row.
+def prefill_group(model: Llama, group: Group, room: int = 0, skip=None):
+    """Runs all layers on prompts that share a cache, in one forward; leaves room for more tokens.
 
-    One forward a group: what its prompts have in common, less the tokens that are in the cache
-    from earlier prefills (the longest common token prefix that all layers wrote), and then what
-    each goes on with, as tails that do not see one another. The slots of several prompts are then
-    copied into one batch. Returns (cache with `room` more slots, logits (bsz, vocab) at the ends).
+    Say the prompts are ABCD and ABE, and the cache holds A from an earlier prefill. Then B, CD and
+    E are run; AB is common to both, CD and E are tails that do not see one another, in slots 2 to 3
+    and 4. Returns logits (2, vocab) at the ends, and each prompt's slots, [0, 1, 2, 3] and
+    [0, 1, 4]. The cache then holds ABCD, as if it had been run alone.
     """
+    cache, prompts = group
+    common = min(common_prefix(prompts), min(map(len, prompts)) - 1)  # each ends in a tail
+    ready = min(common_prefix([cache.tokens, prompts[0]]), common)
+    new = prompts[0][ready:common]
+    slots = []
+    for prompt in prompts:
+        first = ready + len(new)
+        new = new + prompt[common:]
+        slots.append([*range(common), *range(first, ready + len(new))])
+    cache.forget(ready)
+    if cache.max_len < ready + len(new) + room:
+        cache.grow(model, ready + len(new) + room)
+    tails = [len(prompt) - common for prompt in prompts]
+    logits = model(torch.tensor([new], device=model.device), cache, ready, skip, tails=tails)[0]
+    cache.tokens = list(prompts[0])
+    return logits, slots
+
+
+def prefill(model: Llama, groups: list[Group], room: int, skip=None):
+    """Runs all layers on all prompts: (cache with room for more, slots filled, logits). One prompt
+    goes on in its own cache; several are copied into one batch, right-aligned."""
     lengths = [len(prompt) for _, prompts in groups for prompt in prompts]
-    n, longest, logits = len(lengths), max(lengths), []
-    pad = [longest - length for length in lengths]
-    batch = KVCache(model, n, longest + room, pad) if n > 1 else None
-    for cache, prompts in groups:
-        shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
-        ready = min(len(commonprefix([cache.tokens, prompts[0]])), shared)
-        tails, slot = [prompt[shared:] for prompt in prompts], shared
-        size = shared + sum(map(len, tails)) + (0 if batch else room)
-        cache.forget(ready)
-        if cache.max_len < size:
-            cache.grow(model, size)
-        new = torch.tensor([sum(tails, prompts[0][ready:shared])], device=model.device)
-        first = sum(map(len, logits))  # row of this group in the batch
-        logits.append(model(new, cache, ready, tails=[len(tail) for tail in tails])[0])
-        cache.tokens = prompts[0][:]  # the first tail stands where it would stand alone
-        if batch is None:
-            return cache, logits[0]
-        slots = []
-        for tail, holes in zip(tails, pad[first:]):  # a hole is masked, but must not be NaN
-            slots.append([0] * holes + [*range(shared), *range(slot, slot + len(tail))])
-            slot += len(tail)
-        batch.copy_from(cache, torch.tensor(slots, device=model.device), first)
-    return batch, torch.cat(logits)
+    longest = max(lengths)
+    if len(lengths) == 1:
+        return groups[0][0], longest, prefill_group(model, groups[0], room, skip)[0]
+    batch = KVCache(model, len(lengths), longest + room, [longest - length for length in lengths])
+    all_logits = []
+    row = 0
+    for group in groups:
+        logits, slots = prefill_group(model, group, 0, skip)
+        # a hole before a shorter prompt is masked, but must not be NaN: it takes slot 0
+        aligned = [[0] * (longest - len(its)) + its for its in slots]
+        batch.copy_from(group[0], torch.tensor(aligned, device=model.device), row)
+        all_logits.append(logits)
+        row += len(slots)
+    return batch, longest, torch.cat(all_logits)
+
+Picked = list[tuple[int, float]]  # a token and its confidence, for each row
 
 
 def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -102,181 +149,171 @@ def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
     return tokens, confidences
 
 
-def read(tokens: Tensor, confidences: Tensor) -> tuple[list[int], list[float]]:
-    """The same as lists: one small read, the one time that a step waits for a GPU."""
+def read(tokens: Tensor, confidences: Tensor) -> Picked:
+    """The same as numbers: one small read, the one time that a step waits for a GPU."""
     ids, values = torch.stack((tokens, confidences)).tolist()  # float32 holds ids below 2^24
-    return [int(i) for i in ids], values
+    return [(int(i), value) for i, value in zip(ids, values)]
 
 
-class StaticStep:
-    """A decoding step whose tensors stay where they are and keep their shapes, token after token.
+class Stepper:
+    """Decodes a batch, and times it: `start` prefills, every `step` gives each row its next token.
+    tools/fast.py has one that replays recorded steps on a GPU."""
 
-    That is what a CUDA graph needs: on a GPU the step is recorded once for each skip set and then
-    replayed without the interpreter; elsewhere it just runs, to the same tokens. It attends to all
-    of its own cache, (bsz, ..., size, ...), under a mask; finished rows stay, for on a GPU they
-    cost next to nothing. Its results are `tokens` and `confidences`, each (bsz,).
-    """
+    def __init__(self, model: Llama, temperature: float = 0.0):
+        self.model, self.temperature = model, temperature
 
-    def __init__(self, model: Llama, bsz: int, size: int):
-        self.model = model
-        self.cache = KVCache(model, bsz, size)
-        zeros = torch.zeros(bsz, dtype=torch.long, device=model.device)
-        self.cache.pad, self.tokens, self.pos = zeros, zeros.clone(), zeros[:1].clone()
-        self.confidences = torch.zeros(bsz, device=model.device)
-        self.recorded: dict[str, Callable] = {}  # by skip set
+    def prepare(self, groups: list[Group], room: int, skip) -> None:
+        """Called before the clock starts: what will be prefilled, and what steps will skip."""
+        self.prefill_s, self.step_s, self.skips = 0.0, [], []  # see Timings
+        self.in_prefill = getattr(skip, "prefill", None)
 
-    def load(self, cache: KVCache, tokens: Tensor, pos: int) -> None:
-        """Starts anew: the next step decodes what follows the tokens (bsz,) at slot pos."""
-        for mine, its in zip(self.cache.layers, cache.layers):
-            mine[:, :, :pos] = its[:, :, :pos]
-            mine[:, :, pos:] = 0  # masked, but a NaN would get through a mask
-        self.cache.pad.copy_(torch.zeros_like(tokens) if cache.pad is None else cache.pad)
-        self.tokens.copy_(tokens)
-        self.pos.fill_(pos)
+    def start(self, groups: list[Group], room: int) -> Picked:
+        """Runs all layers on all prompts: the first token of every row."""
+        began = time.perf_counter()
+        self.cache, self.pos, logits = prefill(self.model, groups, room, self.in_prefill)
+        self.tokens, confidences = pick(logits, self.temperature)
+        self.load()
+        picked = read(self.tokens, confidences)
+        self.prefill_s = time.perf_counter() - began
+        return picked
 
-    def under(self, skip: Tensor | None) -> Callable[[], None]:
-        """The step that skips `skip`, recorded when it is first asked for."""
-        key = str(skip if skip is None else skip.tolist())
-        if key not in self.recorded:
-            self.recorded[key] = self.record(skip)
-        return self.recorded[key]
+    def step(self, skip, rows: list[int]) -> Picked:
+        """Goes on with these rows, under a skip set: the next token of each."""
+        began = time.perf_counter()
+        self.keep(rows)
+        picked = self.advance(skip)
+        self.step_s.append(time.perf_counter() - began)
+        self.skips.append(count_skipped(skip))
+        return picked
 
-    def record(self, skip: Tensor | None) -> Callable[[], None]:
-        def step() -> None:
-            logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
-            for mine, new in zip((self.tokens, self.confidences), pick(logits)):
-                mine.copy_(new)
-            self.pos += 1
+    def load(self) -> None:
+        """Called when the first tokens are picked."""
 
-        if self.model.device.type != "cuda":
-            return step
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up, which no graph may record
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these: a finished row costs nothing more."""
+        if len(rows) < len(self.tokens):
+            self.tokens = self.tokens[rows]
+            self.cache.keep(rows)
+
+    def advance(self, skip) -> Picked:
+        """Runs one token of every row."""
+        logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
+        self.tokens, confidences = pick(logits, self.temperature)
+        self.pos += 1
+        return read(self.tokens, confidences)
+
+
+def count_skipped(skip) -> list[float]:
+    """How many sub-layers a step has left out, [attention, FFN]; a hook that decides by itself
+    counts them in its `skipped`."""
+    if skip is None:
+        return [0.0, 0.0]
+    mask, hook = skip if isinstance(skip, Skip) else Skip(skip)
+    return getattr(hook, "skipped", None) or mask.sum(0).tolist()
 
 
 class Row:
     """A row while it is being decoded: its ids so far, and why it stopped once it has."""
 
-    def __init__(self, length: int, exit: Exit | None):
-        self.length, self.exit = length, exit
-        self.ids, self.steps, self.stop = [], 0, None
-        self.recent: deque[float] = deque(maxlen=exit.window if exit else 1)
+    def __init__(self, length: int, until: Until, context: int):
+        self.room = context + 1 - length  # after the prompt; the last token needs no slot
+        self.until = until
+        self.ids, self.confidences = [], []
+        self.steps = 0  # of decoding, none for the first token
+        self.stop = None if 0 < length <= context else "context"
+        self.recent = deque(maxlen=until.exit.window if until.exit else 1)
 
-    def take(self, token: int, confidence: float, ends, max_new_tokens: int, context: int) -> None:
-        """Appends a token and decides whether the row goes on."""
-        expect(confidence == confidence, "the logits are NaN: try --dtype float32")
-        if ends.get(token, True):
-            self.ids.append(token)
-            self.recent.append(confidence)
-        window, threshold = self.exit or (0, 0.0)
-        if token in ends:
+    def take(self, token: int, confidence: float) -> None:
+        """Takes the next token, or the end in its place, and decides whether the row goes on."""
+        expect(not math.isnan(confidence), "the logits are NaN: try --dtype float32")
+        self.recent.append(confidence)
+        window, threshold = self.until.exit or (0, 0.0)
+        if token in self.until.eos_ids:
             self.stop = "eos"
         elif window and len(self.recent) == window and sum(self.recent) <= threshold * window:
-            self.stop = "confidence"
-        elif len(self.ids) >= max_new_tokens:
-            self.stop = "length"
-        elif self.length + len(self.ids) > context:
-            self.stop = "context"
-        self.steps += self.stop is None  # it goes on
+            self.stop = "confidence"  # LiteStage's exit, in place of this token
+        else:
+            self.ids.append(token)
+            self.confidences.append(confidence)
+            if token in self.until.last_ids:
+                self.stop = "eos"
+            elif len(self.ids) >= self.until.max_new_tokens:
+                self.stop = "length"
+            elif len(self.ids) >= self.room:
+                self.stop = "context"
 
 
 @torch.inference_mode()
-def generate_batch(
-    model, groups, max_new_tokens, ends=None, skip=None, exit=None, temperature=0.0, static=None
-) -> list[Generation]:
-    """Continues all prompts of all groups together, in their order; see `prefill`, `generate`.
+def generate_batch(stepper: Stepper, groups: list[Group], until: Until, skip=None):
+    """Continues all prompts of all groups together: a Generation for each, in their order.
 
-    ends: for each token that ends a text, whether it belongs to it. static: {(bsz, size): recorded
-    StaticStep}, to which new ones are added; None decodes without, and drops finished rows.
+    skip: see `generate`; its attribute `prefill`, if it has one, is a `Skip` for the prefill.
     """
-    ends = ends or {}
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
-    context = model.args.max_seq_len
-    rows = [Row(len(prompt), exit) for _, prompts in groups for prompt in prompts]
-    fits = [(cache, [p for p in prompts if 0 < len(p) <= context]) for cache, prompts in groups]
-    active = [row for row in rows if 0 < row.length <= context]
-    prefill_s, step_s, skipped, replay = 0.0, [], 0, None
+    if until.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected 1 or more, found {until.max_new_tokens}")
+    context = stepper.model.args.max_seq_len
+    rows = [Row(len(prompt), until, context) for _, prompts in groups for prompt in prompts]
+    active = [row for row in rows if row.stop is None]
+    fitting = []  # groups of the prompts that are not empty and fit the context
+    for cache, prompts in groups:
+        short = [prompt for prompt in prompts if 0 < len(prompt) <= context]
+        fitting += [(cache, short)] if short else []
+    room = min(until.max_new_tokens, context)
+    stepper.prepare(fitting, room, skip)
     if active:
-        room, pos = min(max_new_tokens, context), max(row.length for row in active)
-        if static is not None and not callable(skip) and not temperature:
-            key = (len(active), (pos + room + 255) // 256 * 256)  # few sizes, so few recordings
-            if key not in static:
-                static[key] = StaticStep(model, *key)
-            step = static[key]
-            replay = step.under(skip)  # recorded once, which is not timed
-        begin = time.perf_counter()
-        cache, logits = prefill(model, [group for group in fits if group[1]], room)
-        tokens, confidences = pick(logits, temperature)
-        if replay is not None:
-            step.load(cache, tokens, pos)
-        new = read(tokens, confidences)
-        prefill_s = time.perf_counter() - begin
+        picked = stepper.start(fitting, room)
+    step = 0
     while active:
-        for row, token, confidence in zip(active, *new):
-            if row.stop is None:
-                row.take(token, confidence, ends, max_new_tokens, context)
-        keep = [i for i, row in enumerate(active) if row.stop is None]
-        if not keep:
-            break
-        begin = time.perf_counter()
-        if len(keep) < len(active) and replay is None:  # a finished row costs nothing more
-            active, tokens = [active[i] for i in keep], tokens[keep]
-            cache.keep(keep)
-        now = skip(len(step_s)) if callable(skip) else skip
-        skipped += 0 if now is None else int(now.count_nonzero())
-        if replay is not None:
-            replay()
-            new = read(step.tokens, step.confidences)
-        else:
-            logits = model(tokens[:, None], cache, pos, now, getattr(skip, "probe", None))[:, -1]
-            tokens, confidences = pick(logits, temperature)
-            new = read(tokens, confidences)
-        pos += 1
-        step_s.append(time.perf_counter() - begin)
-    timings = Timings(prefill_s, step_s, skipped / max(len(step_s), 1))
-    return [Generation(row.ids, row.stop or "context", timings, row.steps) for row in rows]
+        for row, (token, confidence) in zip(active, picked):
+            row.take(token, confidence)
+        going = [i for i, row in enumerate(active) if row.stop is None]
+        active = [active[i] for i in going]
+        if active:
+            picked = stepper.step(skip(step) if callable(skip) else skip, going)
+        step += 1
+        for row in active:
+            row.steps = step
+    timings = Timings(stepper.prefill_s, stepper.step_s, stepper.skips)
+    return [Generation(row.ids, row.confidences, row.stop, row.steps, timings) for row in rows]
 
 
 def generate(
     model, prompt_ids, max_new_tokens: int, eos_id=None, skip=None, exit=None, temperature=0.0
 ) -> Generation:
-    """Continues one prompt: prefill with all layers, decode under `skip`.
+    """Continues the token ids of one prompt: prefill with all layers, decode under `skip`.
 
-    eos_id: the token, or tokens, that end the text (not part of ids). skip: (n_layers, 2) mask of
-    `model.Llama.forward`, or a function of the decoding step that gives one. exit: (window,
-    threshold) of the confidence exit (LiteStage, generation early exit); None never exits.
-    temperature: 0 is greedy. The stop is "eos", "confidence", "length" (max_new_tokens reached) or
-    "context" (the model's context is full, or the prompt alone does not fit: ids is then empty).
+    eos_id: the token, or tokens, that end the text (not part of ids). skip: (n_layers, 2) bool mask
+    or `model.Skip`, or a function of the decoding step that gives one. exit: (window, threshold) of
+    the confidence exit, None for none. temperature: 0 is greedy. The stop is "eos", "confidence",
+    "length" (max_new_tokens reached) or "context" (it is full, or the prompt does not fit: ids is
+    then empty). Raises ValueError if max_new_tokens is below 1.
     """
-    eos_ids = () if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    exit, ends = None if exit is None else Exit(*exit), dict.fromkeys(eos_ids, False)
+    eos_ids = () if eos_id is None else eos_id
+    eos_ids = {eos_id} if isinstance(eos_id, int) else eos_ids
+    until = Until(max_new_tokens, frozenset(eos_ids), exit=exit and Exit(*exit))
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
-    return generate_batch(model, [group], max_new_tokens, ends, skip, exit, temperature)[0]
+    return generate_batch(Stepper(model, temperature), [group], until, skip)[0]
 
 
-# ---------------------------------------------------------------- the three stages
+# ---------------------------------------------------------------- the stages of a question
 
 
 @dataclass
-class Stage:
-    """One stage of one question: the texts (one, or one per option), what they cost, why they
-    stopped."""
+class StageResult:
+    """One stage of one question: its prompts, what each was continued with (one text, or one for
+    each option), the texts as later prompts quote them, the time of the stage."""
 
     name: str
-    texts: list[str]
-    stops: list[str]
-    tokens: int  # generated, all texts together
-    steps: int  # decoding steps, of the longest text
+    prompts: list[str]
     prompt_tokens: int  # of the longest prompt
+    rows: list[Generation]
+    texts: list[str]
     timings: Timings
+
+    def __post_init__(self):
+        self.tokens = sum(len(row.ids) for row in self.rows)  # generated, all texts together
+        self.steps = max(row.steps for row in self.rows)  # of decoding
+        self.stops = [row.stop for row in self.rows]
 
     @property
     def latency_s(self) -> float:
@@ -285,65 +322,109 @@ class Stage:
 
 @dataclass
 class Pipeline:
-    """A model that answers questions in stages. shots: worked examples put before each prompt;
-    each of their texts ends at a newline, and so generated texts end there, too. static: recorded
-    decoding steps, of `generate_batch`."""
+    """A model that answers questions in stages.
+
+    shots: worked examples put before each prompt; each of their texts ends at a newline, and so
+    generated texts end there, too. stepper: decodes; a plain one unless given.
+    """
 
     model: Llama
     tokenizer: Tokenizer
     max_new_tokens: int = 64
     shots: str = ""
-    static: dict[tuple[int, int], StaticStep] | None = None
+    stepper: Stepper | None = None
+
+    @torch.inference_mode()
+    def __post_init__(self):
+        self.stepper = self.stepper or Stepper(self.model)
+        self.shared = KVCache(self.model, 1, 0)  # holds what all prompts begin with: the shots
+        ids = self.tokenizer.encode(self.shots)
+        ids = ids[: common_prefix([ids, self.tokenizer.encode(self.shots + "A")])]
+        if self.shots and 0 < len(ids) <= self.model.args.max_seq_len:
+            prefill_group(self.model, (self.shared, [ids]))
+
+    @property
+    def shared_tokens(self) -> int:
+        """How many tokens every prompt begins with that are prefilled once, for all questions."""
+        return len(self.shared.tokens)
+
+    def new_caches(self, n: int) -> list[KVCache]:
+        """Caches of one row for n questions; what all prompts share is in them already."""
+        return [deepcopy(self.shared) for _ in range(n)]
+
+    def prompts(self, index: int, question: Question, said: list[list[str]]) -> list[str]:
+        """The prompts of stage `index`; said: the texts of every stage before."""
+        return [self.shots + prompt for prompt in stage_prompts(index, question, said)]
 
     def prompt_ids(self, index: int, question: Question, said: list[list[str]]) -> list[list[int]]:
-        prompts = stage_prompts(index, question, said)
-        return [self.tokenizer.encode(self.shots + prompt) for prompt in prompts]
+        """The same as token ids."""
+        return [self.tokenizer.encode(prompt) for prompt in self.prompts(index, question, said)]
 
-    def run_stage(self, index, questions, said, caches, skip=None, exit=None) -> list[Stage]:
-        """Generates stage `index` (0 recall, 1 analyze, 2 summarize) of questions side by side.
+    def run_stage(self, index, questions, said, caches, skip=None, exit=None) -> list[StageResult]:
+        """Generates stage `index` of questions side by side, under a skip set; see `answer`.
 
-        said: for each question the texts of the stages before. caches: a cache of one row for
-        each question, whose prefix is reused. All rows, every option of the analyze stage among
-        them, are decoded as one batch.
+        said: for each question the texts of the stages before. caches: of one row, one for each
+        question; their prefix is reused. All texts of the stage are decoded as one batch.
         """
-        prompts = [self.prompt_ids(index, *each) for each in zip(questions, said)]
-        ends = dict.fromkeys(self.tokenizer.eos_ids, False)
-        ends |= dict.fromkeys(self.tokenizer.newline_ids if self.shots else (), True)
-        groups, most = list(zip(caches, prompts)), self.max_new_tokens
-        rows = generate_batch(self.model, groups, most, ends, skip, exit, static=self.static)
-        stages, rows = [], iter(rows)
-        for question_prompts in prompts:
-            mine = [next(rows) for _ in question_prompts]
+        groups = []
+        for question, texts, cache in zip(questions, said, caches):
+            groups.append((cache, self.prompt_ids(index, question, texts)))
+        last_ids = frozenset(self.tokenizer.newline_ids if self.shots else ())
+        until = Until(self.max_new_tokens, frozenset(self.tokenizer.eos_ids), last_ids, exit)
+        rows = generate_batch(self.stepper, groups, until, skip)
+        timings = rows[0].timings.share(len(questions))
+        results = []
+        for question, before, (_, ids) in zip(questions, said, groups):
+            mine, rows = rows[: len(ids)], rows[len(ids) :]
             texts = [self.tokenizer.decode(row.ids) for row in mine]
-            texts = [text.split("\n")[0] for text in texts] if self.shots else texts
-            stage = Stage(
-                STAGES[index],
-                texts if index == 2 else [finish(text) for text in texts],
-                stops=[row.stop for row in mine],
-                tokens=sum(len(row.ids) for row in mine),
-                steps=max(row.steps for row in mine),
-                prompt_tokens=max(map(len, question_prompts)),
-                timings=mine[0].timings.share(len(questions)),
+            if self.shots:
+                texts = [text.split("\n")[0] for text in texts]
+            texts = [quote(index, text) for text in texts]
+            prompts = self.prompts(index, question, before)
+            longest = max(len(prompt) for prompt in ids)
+            results.append(
+                StageResult(STAGES[index].name, prompts, longest, mine, texts, timings)
             )
-            stages.append(stage)
-        return stages
+        return results
 
-    def answer(self, questions, skips=(None, None, None), exit=None, caches=None):
-        """Answers questions side by side in three stages, each under its own skip set.
+    def answer(self, questions: list[Question], skips=None, exit=None, caches=None):
+        """Answers questions side by side: [(label or None, StageResult of every stage)].
 
-        Returns (label or None, the three stages) for each; a batch's time is shared out evenly.
+        skips: a skip set for each stage, as `generate` takes it; None skips nothing. exit: (window,
+        threshold) or None. caches: from `new_caches`, to reuse what they hold. A batch's time is
+        shared out evenly. Raises ValueError if there is not one skip set for each stage.
         """
-        caches = caches or [KVCache(self.model, 1, 0) for _ in questions]
-        done: list[list[Stage]] = [[] for _ in questions]
+        skips = [None] * len(STAGES) if skips is None else skips
+        if len(skips) != len(STAGES):
+            raise ValueError(f"skips: expected {len(STAGES)}, one for each stage")
+        exit = exit and Exit(*exit)
+        caches = caches or self.new_caches(len(questions))
+        done: list[list[StageResult]] = [[] for _ in questions]
         for index, skip in enumerate(skips):
             said = [[stage.texts for stage in stages] for stages in done]
-            new = self.run_stage(index, questions, said, caches, skip, exit)
-            done = [[*stages, stage] for stages, stage in zip(done, new)]
-        return [(find_answer(stages[2].texts[0]), stages) for stages in done]
+            results = self.run_stage(index, questions, said, caches, skip, exit)
+            for stages, result in zip(done, results):
+                stages.append(result)
+        ends = [stages[-1].texts[0] for stages in done]
+        labels = [find_answer(text, q.labels) for text, q in zip(ends, questions)]
+        return list(zip(labels, done))
+
+
+def importance_of(pipeline: Pipeline, questions: list[Question], answered) -> Importance:
+    """Importance over the questions' prompts in all stages; answered: for each its stages' results,
+    written by the full model."""
+    prompts = []
+    for question, stages in zip(questions, answered):
+        said = [stage.texts for stage in stages]
+        for index in range(len(STAGES)):
+            ids = pipeline.prompt_ids(index, question, said[:index])[0]
+            if len(ids) <= pipeline.model.args.max_seq_len:
+                prompts.append(ids)
+    return measure_importance(pipeline.model, prompts)
 
 
 if __name__ == "__main__":
-    from data.ask import main  # they stand on this module
-    from data.cli import run
+    from tools.ask import main  # it stands on this module
+    from tools.command import run
 
     run(main)

@@ -12,285 +12,236 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
     python search.py --out plan.json --epsilon 0.01
 """
 
-from data import cli  # isort: skip  (first, so that Ctrl-C is one line while torch is loading)
+import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
 
 import itertools
-import math
-import time
-from collections.abc import Callable
-from statistics import mean, median
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import NamedTuple
 
-import numpy
 import torch
-from torch import Tensor
 
-from data.plan import journal_of, write_plans
-from data.prompts import STAGES, find_answer
+from data.prompts import STAGES
 from data.questions import Question
-from data.report import meets, print_full, print_scan
-from data.setup import IMPORTANCE_QUESTIONS, importance_of, load, load_questions
-from generate import Exit, Pipeline, Stage, generate_batch
-from model import KVCache, expect
-from skip import Importance, Setting, litestage, rank
+from eval import wilson
+from generate import Pipeline, importance_of
+from skip import Setting, rank
+from tools.clock import prefilled_tokens, relative_noise, step_times, token_times
+from tools.command import run
+from tools.journal import Journal
+from tools.losses import rank_stages
+from tools.plan import read_setting, store_setting
+from tools.progress import progress
+from tools.ranks import timer
+from tools.setup import IMPORTANCE_QUESTIONS, answer_all, note, say_if_chance
+from tools.tables import print_full, print_scan
+from tools.trials import Answers, Session
 
-THRESHOLDS = (0.5, 0.0, 0.4, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
-KNOTS, ROUNDS, TIMED = 9, 15, 6  # step times: budgets timed, rounds, steps in each
+THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
+FIRST = 0.5  # the one of them with which the stages are scanned
+ROUNDS = 15  # of timing steps, at most
+PER_ROUND = 20  # answers of a scan that make a round of them worth its time
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
+GPU_BATCH = 100  # the same where a step of many takes about as long as one of few
 
-# What is searched: a budget for each stage, and the exit's threshold. A trial is a point's outcome
-# on the validation questions, a dict as the plan and the journal keep it: budgets, threshold,
-# accuracy, latency_s, stage_s, tokens, exit_rate, and abandoned (then accuracy is its upper bound).
-Point = tuple[tuple[int, int, int], float]
-FULL: Point = ((0, 0, 0), 0.0)
 
-# ---------------------------------------------------------------- step 2: the search
+class Point(NamedTuple):
+    """What is searched: a budget for each stage, and the exit's threshold, 0 for no exit.
+
+    A *trial* is what came of it on the validation questions, a dict as plan and journal keep it:
+    budgets, threshold, accuracy, accuracy_ci95, latency_s, stage_s, tokens, exit_rate, abandoned.
+    An abandoned one stopped when the target was out of reach: its accuracy is an upper bound.
+    """
+
+    budgets: tuple[int, ...]
+    threshold: float = 0.0
+
+    def at(self, stage: int, budget: int) -> "Point":
+        """The same with another budget in one stage."""
+        return Point((*self.budgets[:stage], budget, *self.budgets[stage + 1 :]), self.threshold)
+
+def meets(trial: dict, target: float) -> bool:
+    """Whether a trial ran to its end and is accurate enough."""
+    return not trial["abandoned"] and trial["accuracy"] >= target - 1e-9
 
 
 def best(trials: list[dict], target: float, noise: float = 0.0) -> dict | None:
     """The fastest trial that meets the target; of those equally fast, within the relative noise,
-    the most accurate, then the one that skips and exits less."""
+    the most accurate, then what skips least, then what exits least."""
     meeting = [trial for trial in trials if meets(trial, target)]
     fastest = min((trial["latency_s"] for trial in meeting), default=0.0)
     top = [trial for trial in meeting if trial["latency_s"] <= fastest * (1 + noise)]
-    return min(top, key=lambda t: (-t["accuracy"], sum(t["budgets"]), t["threshold"]), default=None)
+    top.sort(key=lambda trial: (-trial["accuracy"], sum(trial["budgets"]), trial["threshold"]))
+    return top[0] if top else None
 
 
-def greedy(
-    evaluate: Callable, order, budgets, target, thresholds, show=lambda *_: None, noise=0.0
-) -> Point:
-    """LiteStage's stage-wise search (step 2): the chosen point.
-
-    evaluate(point, target) tries a point. order: the stages, slowest first. budgets: what a scan
-    tries; a stage of which none meets the target keeps 0. thresholds: the first is kept in the
-    scans, then all are tried at the budgets found; an exit must gain more than the noise.
-    """
-    point = (0, 0, 0), thresholds[0]
-    for stage in [*order, None]:
-        if stage is None:
-            candidates = [(point[0], threshold) for threshold in sorted(thresholds)]
-        else:
-            before, after = point[0][:stage], point[0][stage + 1 :]
-            candidates = [((*before, budget, *after), point[1]) for budget in budgets]
-        trials = [evaluate(candidate, target) for candidate in candidates]
-        chosen = best(trials, target, noise if stage is None else 0.0)
-        if chosen is not None:
-            point = tuple(chosen["budgets"]), chosen["threshold"]
-        show(stage, trials, chosen)
-    return point
+def best_exit(trials: list[dict], target: float, noise: float) -> dict | None:
+    """The best of trials at the same budgets, the first of them without an exit: one with an exit
+    must be faster than that by more than the noise, unless that misses the target."""
+    none, *exits = trials
+    if meets(none, target):
+        exits = [exit for exit in exits if exit["latency_s"] * (1 + noise) < none["latency_s"]]
+    return best(exits, target, noise) or best([none], target)
 
 
-def refine(evaluate: Callable, point: Point, budgets, target: float, time_left: Callable) -> Point:
-    """Ours: descent from the greedy's point. Tries all points one budget off in any of the stages,
-    so that one stage may give what another takes, and goes to the fastest that meets the target,
-    until none is faster or time is up."""
-    now = evaluate(point, target)
-    while time_left():
-        at = [budgets.index(budget) for budget in point[0]]
-        near = itertools.product(*(budgets[max(i - 1, 0) : i + 2] for i in at))
-        trials = [evaluate((tried, point[1]), target) for tried in near if time_left()]
-        chosen = best(trials, target)
-        if chosen is None or (meets(now, target) and chosen["latency_s"] >= now["latency_s"]):
+@dataclass
+class Search:
+    """LiteStage's stage-wise search for one target, and all that it tried."""
+
+    evaluate: Callable  # of a point and a target: the point's trial
+    target: float
+    noise: float = 0.0  # of latencies, relative
+    trials: dict[tuple[str, Point], dict] = field(default_factory=dict)  # by stage, in their order
+
+    def trial(self, stage: str, point: Point) -> dict:
+        """Tries a point for a stage, and remembers it."""
+        trial = self.evaluate(point, self.target)
+        self.trials[stage, point] = {"stage": stage} | trial
+        return trial
+
+    def scan(self, stage: str, tried, candidates: list[Point], choose=best, noise=0.0) -> Point:
+        """The chosen candidate, or else the first. tried: in what they differ, for the table."""
+        trials = []
+        for knob, point in zip(tried, progress(candidates, f"{stage}, target {self.target:.1%}")):
+            trial = self.trial(stage, point)
+            trials.append(trial | {"tried": knob, "meets": meets(trial, self.target)})
+        chosen = choose(trials, self.target, noise)
+        number = trials.index(chosen) if chosen else None
+        print_scan(stage, self.target, trials, number, self.noise)
+        return candidates[number or 0]
+
+    def greedy(self, order: list[int], budgets: list[int], thresholds: Sequence[float]) -> Point:
+        """The chosen point. order: the stages, slowest first. budgets: what a scan tries, 0 first;
+        a stage of which none meets the target keeps 0. thresholds: one, or those to choose from,
+        0 first, at the budgets found."""
+        several = len(thresholds) > 1
+        point = Point((0,) * len(STAGES), FIRST if several else thresholds[0])
+        for stage in order:
+            candidates = [point.at(stage, budget) for budget in budgets]
+            point = self.scan(STAGES[stage].name, budgets, candidates)
+        if several:
+            self.evaluate(Point(point.budgets), 0.0)  # to its end: exits are compared with it
+            candidates = [Point(point.budgets, threshold) for threshold in thresholds]
+            point = self.scan("exit", thresholds, candidates, best_exit, self.noise)
+        return point
+
+    def refine(self, start: Point, budgets: list[int], time_left: Callable[[], bool]) -> Point:
+        """Ours: tries all points one budget off in any of the stages, so that one stage may give
+        what another takes, and goes to the best of them, until that is none or time is up."""
+        began = self.evaluate(start, 0.0)
+        now = began
+        while time_left():
+            near = []
+            for budget in now["budgets"]:
+                i = budgets.index(budget)
+                near.append(budgets[max(i - 1, 0) : i + 2])
+            trials = [now]
+            for tried in itertools.product(*near):
+                if time_left():
+                    trials.append(self.trial("refine", Point(tried, start.threshold)))
+            chosen = best(trials, self.target)
+            if chosen is None or chosen["budgets"] == now["budgets"]:
+                break
+            now = chosen
+        gain = began["latency_s"] / now["latency_s"]
+        print(f"\nrefined from {start.budgets} to {tuple(now['budgets'])}: {gain:.3f}x faster")
+        return Point(tuple(now["budgets"]), start.threshold)
+
+
+def run_trial(answers: Answers, measured: dict, point: Point, target: float) -> dict:
+    """Tries a point on the questions of `answers`, some more each time. It is abandoned the moment
+    the target is out of reach even if all remaining questions were right."""
+    n = len(answers.questions)
+    for done in answers.growing(*point):
+        right = answers.count_right(done)
+        accuracy = (right + n - len(done)) / n
+        if accuracy < target - 1e-9:
             break
-        now, point = chosen, (tuple(chosen["budgets"]), chosen["threshold"])
-    return point
-
-
-# ---------------------------------------------------------------- step 1: measuring
-
-
-def prefilled_tokens(stages: list[Stage]) -> list[int]:
-    """How many tokens each stage's longest prompt adds to the one before: what `token_s` is per."""
-    lengths = [stage.prompt_tokens for stage in stages]
-    return [max(now - before, 1) for before, now in zip([0, *lengths], lengths)]
-
-
-def time_steps(pipeline: Pipeline, question: Question, stages: list[Stage], masks) -> list:
-    """Seconds of a decoding step, the median of TIMED in a generation, in each stage of a question
-    under every mask; NaN if the prompt does not fit the context."""
-    model, said, times = pipeline.model, [stage.texts for stage in stages], []
-    for index in range(len(STAGES)):
-        group = KVCache(model, 1, 0), pipeline.prompt_ids(index, question, said)
-        runs = [
-            generate_batch(model, [group], TIMED + 1, skip=mask, static=pipeline.static)[0]
-            for mask in [masks[0], *masks]  # the first one warms up
-        ]
-        times.append([median(run.timings.step_s or [math.nan]) for run in runs[1:]])
-    return times
-
-
-def relative_noise(times: Tensor) -> float:
-    """About that of medians over n rows: interquartile range / (median sqrt(n)), column means."""
-    low, middle, high = times.nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
-    return float(((high - low) / middle).nanmean().nan_to_num()) / len(times) ** 0.5
-
-
-def measure(pipeline: Pipeline, questions: list[Question], granularity: str) -> dict:
-    """Step 1, as the journal keeps it: importance, seconds per decoding step of every stage and
-    budget, seconds per prefilled token of every stage, and how noisy these times are.
-
-    Steps are timed at KNOTS budgets and interpolated, as if all sub-layers between two of them took
-    equally long. The budgets take turns in ROUNDS rounds, a question each, and each time is divided
-    by the full model's of that round, so that a slow minute of the machine favours none.
-    """
-    n_sublayers = 2 * pipeline.model.args.n_layers
-    importance, answered = importance_of(pipeline, questions[:IMPORTANCE_QUESTIONS], batch=1)
-    setting = Setting(importance, rank(importance.similarity, granularity), granularity)
-    sizes = [int(litestage(setting, budget).sum()) for budget in range(n_sublayers + 1)]
-    knots = sorted({sizes[n_sublayers * i // (KNOTS - 1)] for i in range(KNOTS)})
-    masks = [litestage(setting, knot) for knot in knots]
-    rounds = itertools.islice(itertools.cycle(zip(questions, answered)), ROUNDS)
-    rounds = cli.progress(rounds, "step times", total=ROUNDS)
-    times = torch.tensor([time_steps(pipeline, *each, masks) for each in rounds])
-    full_s = times[:, :, :1]  # (ROUNDS, stages, 1)
-    step_s = full_s.nanmedian(0).values * (times / full_s).nanmedian(0).values  # (stages, knots)
-    prefill_s = torch.tensor([[stage.timings.prefill_s for stage in each] for each in answered])
-    token_s = prefill_s / torch.tensor([prefilled_tokens(stages) for stages in answered])
+    stage_s = latency(measured, point.budgets, done, answers.pipeline.shared_tokens)
+    stops = [stop for stages in done for stage in stages for stop in stage.stops]
     return {
-        "importance": {key: value.tolist() for key, value in importance._asdict().items()},
-        "step_s": [numpy.interp(sizes, knots, row).tolist() for row in step_s.nan_to_num()],
-        "token_s": token_s.median(0).values.tolist(),
-        "noise": max(relative_noise(times / full_s), relative_noise(token_s)),
+        "budgets": list(point.budgets),
+        "threshold": point.threshold,
+        "accuracy": accuracy,
+        "accuracy_ci95": wilson(right, n) if len(done) == n else None,
+        "latency_s": sum(stage_s),
+        "stage_s": stage_s,
+        "tokens": mean(sum(stage.tokens for stage in stages) for stages in done),
+        "exit_rate": stops.count("confidence") / len(stops),
+        "abandoned": len(done) < n,
     }
 
 
-class Evaluator:
-    """Tries points on the validation questions, exactly and never twice.
+def latency(measured: dict, budgets: Sequence[int], done: list, shared: int) -> list[float]:
+    """Seconds of each stage of a question: its new prompt tokens and its steps, each at the seconds
+    that were measured up front. done, shared: see `prefilled_tokens`, for each question."""
+    seconds = []
+    for i, budget in enumerate(budgets):
+        tokens = mean(prefilled_tokens(stages, shared)[i] for stages in done)
+        steps = mean(stages[i].steps for stages in done)
+        seconds.append(tokens * measured["token_s"][i] + steps * measured["step_s"][i][budget])
+    return seconds
 
-    A generation depends on its prompt, its skip set and the threshold alone, so one that an
-    earlier trial made of the same texts is taken from there. A trial is abandoned the moment its
-    target is out of reach even if all remaining questions were right.
-    """
-
-    def __init__(self, pipeline: Pipeline, questions: list[Question], journal: cli.Journal, args):
-        self.pipeline, self.questions = pipeline, questions
-        self.journal, self.args = journal, args
-        self.measured = journal.find("measured")[0]
-        tables = self.measured["importance"].items()
-        importance = Importance(**{k: torch.tensor(v, dtype=torch.float64) for k, v in tables})
-        ranking = rank(importance.similarity, args.granularity)
-        self.setting = Setting(importance, ranking, args.granularity)
-        self.caches = [KVCache(pipeline.model, 1, 0) for _ in range(BATCH)]
-        self.made: dict[tuple, Stage] = {}  # by question, stage, budget, threshold, texts before
-        self.trials = {(tuple(t["budgets"]), t["threshold"]): t for t in journal.find("trial")}
-        self.generated, self.naive = 0, 0  # question-stages, run and without any saving
-
-    def stages(self, chosen: list[int], point: Point) -> list[list[Stage]]:
-        """The three stages of the chosen questions at a point."""
-        budgets, threshold = point
-        exit = Exit(self.args.exit_window, threshold) if threshold else None
-        done: list[list[Stage]] = [[] for _ in chosen]
-        for index, budget in enumerate(budgets):
-            said = [[stage.texts for stage in stages] for stages in done]
-            keys = [(q, index, budget, threshold, str(s)) for q, s in zip(chosen, said)]
-            new = [i for i, key in enumerate(keys) if key not in self.made]
-            if new:
-                given = [(self.questions[chosen[i]], said[i], self.caches[i]) for i in new]
-                skip = litestage(self.setting, budget)
-                made = self.pipeline.run_stage(index, *zip(*given), skip, exit)
-                self.made |= {keys[i]: stage for i, stage in zip(new, made)}
-                self.generated += len(new)
-            for stages, key in zip(done, keys):
-                stages.append(self.made[key])
-        return done
-
-    def __call__(self, point: Point, target: float) -> dict:
-        """The point's trial: from the journal, or run now."""
-        n, right, done = len(self.questions), 0, []
-        self.naive += len(STAGES) * n
-        known = self.trials.get(point)
-        if known and not (known["abandoned"] and known["accuracy"] >= target - 1e-9):
-            return known
-        number, ranks = cli.rank()
-        for start in range(0, n, BATCH * ranks):
-            chosen = list(range(start, min(start + BATCH * ranks, n)))
-            done += cli.interleave(self.stages(chosen[number::ranks], point))
-            labels = [find_answer(stages[2].texts[0]) for stages in done[start:]]
-            right += sum(label == self.questions[q].answer for q, label in zip(chosen, labels))
-            at_best = right + n - len(done)
-            if at_best / n < target - 1e-9:
-                break
-        # a stage's latency: its new prompt tokens and its steps, at the seconds measured up front
-        prefilled = [mean(column) for column in zip(*map(prefilled_tokens, done))]
-        stage_s = [
-            self.measured["token_s"][i] * prefilled[i]
-            + self.measured["step_s"][i][budget] * mean(stages[i].steps for stages in done)
-            for i, budget in enumerate(point[0])
-        ]
-        stops = [stop for stages in done for stage in stages for stop in stage.stops]
-        trial = {
-            "budgets": list(point[0]),
-            "threshold": point[1],
-            "accuracy": at_best / n,
-            "latency_s": sum(stage_s),
-            "stage_s": stage_s,
-            "tokens": mean(sum(stage.tokens for stage in stages) for stages in done),
-            "exit_rate": stops.count("confidence") / len(stops),
-            "abandoned": len(done) < n,
-        }
-        self.trials[point] = trial
-        self.journal.append("trial", trial)
-        return trial
+def rank_sublayers(pipeline: Pipeline, questions: list[Question], args, journal: Journal) -> dict:
+    """The rankings, as the journal keeps them; what the full model said meanwhile, and the seconds
+    of each stage per prefilled token, (questions, stages)."""
+    answered = answer_all(pipeline, questions)
+    importance = importance_of(pipeline, questions, answered)
+    rankings = [rank(importance.similarity, args.granularity)] * len(STAGES)  # one for all
+    if args.ranking == "loss":
+        rankings = rank_stages(pipeline, questions, answered, journal)
+    ranked = store_setting(Setting(importance, rankings, args.granularity), args.ranking)
+    ranked["said"] = [[stage.texts for stage in stages] for stages in answered]
+    ranked["token_s"] = token_times(answered, pipeline.shared_tokens)
+    return ranked
 
 
-# ---------------------------------------------------------------- command
+def measure(pipeline: Pipeline, questions: list[Question], args, rounds: int, journal) -> dict:
+    """Step 1: rankings, seconds per decoding step of every stage and budget and per prefilled token
+    of every stage, and how noisy these times are; journaled as it goes."""
+    few = questions[:IMPORTANCE_QUESTIONS]
+    ranked = dict(journal.once("ranked", rank_sublayers, pipeline, few, args, journal))
+    said = ranked.pop("said")
+    token_s = torch.tensor(ranked.pop("token_s"))
+    setting = read_setting(ranked, args.granularity)
+    ranked["step_s"], noise = step_times(pipeline, setting, questions, said, rounds, journal)
+    ranked["token_s"] = token_s.median(0).values.tolist()
+    ranked["noise"] = max(noise, relative_noise(token_s))
+    return ranked
 
 
-def find_plan(evaluator: Evaluator, order: list[int], budgets: list[int], target: float):
-    """(point, trials in their order) for one target, shown as they come in."""
-    args, noise, log = evaluator.args, evaluator.measured["noise"], []
+def find_plan(search: Search, order: list[int], args) -> dict:
+    """Searches as the flags ask; the chosen trial, which ran to its end."""
+    budgets = list(range(0, args.max_budget + 1, args.step))
     thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
-    total = len(order) * len(budgets) + len(thresholds)
-    with cli.progress(total=total, desc=f"target {target:.1%}") as bar:
-
-        def evaluate(point: Point, target: float) -> dict:
-            bar.update()
-            return evaluator(point, target)
-
-        def show(stage: int | None, trials: list[dict], chosen: dict | None) -> None:
-            name = "exit" if stage is None else STAGES[stage]
-            tried = [t["threshold"] if stage is None else t["budgets"][stage] for t in trials]
-            log.extend({"stage": name, "budget": b} | t for b, t in zip(tried, trials))
-            bar.clear()
-            print_scan(name, tried, trials, target, chosen, noise)
-
-        point = greedy(evaluate, order, budgets, target, thresholds, show, noise)
-        if args.refine:
-            start, time_left = point, cli.timer(60 * args.refine)
-            point = refine(evaluate, start, budgets, target, time_left)
-            gain = evaluator(start, 0.0)["latency_s"] / evaluator(point, 0.0)["latency_s"]
-            print(f"\nrefined from {start[0]} to {point[0]}: {gain:.3f}x faster")
-    return point, log
+    point = search.greedy(order, budgets, thresholds)
+    if args.refine:
+        point = search.refine(point, budgets, timer(60 * args.refine))
+    chosen = search.evaluate(point, 0.0)
+    if not meets(chosen, search.target):
+        note(f"with the exit at {point.threshold} not even budgets of 0 meet the target")
+    return chosen
 
 
 def main() -> None:
-    flags = ("--out", "--epsilon", "--max-budget", "--step", "--refine")
-    parser = cli.make_parser(__doc__, *cli.MODEL_FLAGS, *cli.SEARCH_FLAGS, *flags)
-    parser.set_defaults(granularity="sublayer", exit_window=Exit().window)
-    args = parser.parse_args()
-    began = time.monotonic()
-    pipeline, folder = load(args)
-    n_sublayers = 2 * pipeline.model.args.n_layers
-    last = args.max_budget or n_sublayers - 2
-    expect(last <= n_sublayers, f"--max-budget {last}: the model has {n_sublayers} sub-layers")
-    file, questions = load_questions(args, pipeline, "valid", args.limit)
-    journal, key = journal_of(args, pipeline, folder, file, len(questions))
-    if not journal.find("measured"):
-        journal.append("key", key)
-        journal.append("measured", measure(pipeline, questions, args.granularity))
-    evaluator = Evaluator(pipeline, questions, journal, args)
-    full = evaluator(FULL, 0.0)
+    session = Session(__doc__)
+    args = session.args
+    questions = session.questions
+    enough = len(questions) * (args.max_budget // args.step + 1) // PER_ROUND
+    rounds = min(ROUNDS, max(3, enough))
+    measured = session.measured(measure, rounds)
+    evaluate = session.trials(run_trial, measured, BATCH, GPU_BATCH)
+    full = evaluate(Point((0,) * len(STAGES)), 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
-    print_full(full, order, evaluator.measured["noise"])
-    found, budgets = {}, list(range(0, last + 1, args.step))
+    print_full(full, order, measured["noise"])
+    say_if_chance(full["accuracy_ci95"], questions)
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
-        target = full["accuracy"] - epsilon
-        point, log = find_plan(evaluator, order, budgets, target)
-        found[epsilon] = evaluator(point, 0.0), log
-    write_plans(args, key, evaluator, full, found)
-    run, took = sum(cli.gather(evaluator.generated)), time.monotonic() - began
-    print(f"\n{run} question-stages generated, naively {evaluator.naive}; {took:.0f} s")
+        search = Search(evaluate, full["accuracy"] - epsilon, measured["noise"])
+        session.keep(epsilon, find_plan(search, order, args), search.trials)
+    session.close(measured | {"full": full}, evaluate)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -7,18 +7,19 @@ returns one. A budget is the number of sub-layers that a skip set leaves out.
     python skip.py --limit 32
 """
 
-import data  # noqa: F401  # isort: skip  (first, so that Ctrl-C is one line while torch loads)
+import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Llama
+from model import Llama, Skip
 
 ATTENTION, FFN = 0, 1
 SubLayer = tuple[int, int]  # (layer, ATTENTION or FFN)
@@ -33,11 +34,8 @@ def mask_of(sublayers: Iterable[SubLayer], n_layers: int) -> Tensor:
 
 
 def whole_layers(layers: Iterable[int], n_layers: int) -> Tensor:
-    return mask_of(((layer, sub) for layer in layers for sub in (ATTENTION, FFN)), n_layers)
-
-
-# ---------------------------------------------------------------- importance
-
+    """The bool mask (n_layers, 2) that skips both sub-layers of the given layers."""
+    return mask_of([(layer, sub) for layer in layers for sub in (ATTENTION, FFN)], n_layers)
 
 class Importance(NamedTuple):
     """What is known of the sub-layers, each (n_layers, 2): mean similarity and mean norm ratio."""
@@ -47,7 +45,7 @@ class Importance(NamedTuple):
 
 
 class ImportanceProbe:
-    """A probe for `Llama.forward`: how much every sub-layer changes the residual stream.
+    """A hook for `model.Skip`: how much every sub-layer changes the residual stream.
 
     similarity(MHSA) = cos(x1, x2), similarity(FFN) = cos(x2, x3), with x1 the residual stream
     before a layer's attention norm, x2 after attention is added, x3 after the FFN is added; ratio
@@ -56,56 +54,110 @@ class ImportanceProbe:
     """
 
     def __init__(self, n_layers: int):
-        self.sums = torch.zeros(2, n_layers, 2, dtype=torch.float64)
-        self.counts = torch.zeros(n_layers, 2, dtype=torch.float64)
+        sums = torch.zeros(3, n_layers, 2, dtype=torch.float64)
+        self.similarity, self.ratio, self.counts = sums  # counts: of forwards
 
-    def __call__(self, layer: int, sub: int, before: Tensor, after: Tensor) -> None:
-        before, after = before.float(), after.float()  # (bsz, seqlen, dim)
-        self.sums[0, layer, sub] += F.cosine_similarity(before, after, dim=-1).mean().item()
-        self.sums[1, layer, sub] += (after.norm(dim=-1) / before.norm(dim=-1)).mean().item()
+    def __call__(self, i, layer, x1, places, kv, skip_attention, skip_ffn) -> Tensor:
+        x2 = layer(x1, places, kv, skip_attention, skip_ffn=True)
+        x3 = layer(x2, places, kv, skip_attention=True, skip_ffn=skip_ffn)
+        if not skip_attention:
+            self.compare(i, ATTENTION, x1, x2)
+        if not skip_ffn:
+            self.compare(i, FFN, x2, x3)
+        return x3
+
+    def compare(self, layer: int, sub: int, before: Tensor, after: Tensor) -> None:
+        """Takes in the residual stream (bsz, seqlen, dim) around a sub-layer."""
+        before, after = before.float(), after.float()
+        similarity = F.cosine_similarity(before, after, dim=-1)  # (bsz, seqlen)
+        ratio = after.norm(dim=-1) / before.norm(dim=-1)
+        self.similarity[layer, sub] += similarity.mean().item()
+        self.ratio[layer, sub] += ratio.mean().item()
         self.counts[layer, sub] += 1
 
     def means(self) -> Importance:
-        return Importance(*(self.sums / self.counts.clamp(min=1)))
+        """The averages over all forwards so far."""
+        n = self.counts.clamp(min=1)
+        return Importance(self.similarity / n, self.ratio / n)
 
 
 @torch.inference_mode()
 def measure_importance(model: Llama, prompts: Iterable[list[int]]) -> Importance:
     """Layer importance, step 1 of LiteStage's offline phase.
 
-    prompts: the token ids of every validation question's prompts in the three stages (question;
+    prompts: the token ids of every validation question's prompts in all stages (question;
     question + recall; question + recall + analysis), which are prefilled by all layers. The
     similarities of all prefills are accumulated: we give the mean, which ranks the same.
     """
     probe = ImportanceProbe(model.args.n_layers)
+    watched = Skip(mask_of([], model.args.n_layers), probe)
     for ids in prompts:
-        model(torch.tensor([ids], device=model.device), probe=probe, tails=[1])
+        model(torch.tensor([ids], device=model.device), skip=watched, tails=[1])
     return probe.means()
 
 
 def rank(similarity: Tensor, granularity: str = "sublayer") -> list[SubLayer]:
     """All sub-layers, the most similar (first to be skipped) first; ties in the model's order.
-
-    granularity "layer" ranks whole layers, by their mean, and keeps their two sub-layers together.
-    """
+    granularity "layer" ranks whole layers, by their mean, and keeps their sub-layers together."""
     if granularity == "layer":
         similarity = similarity.mean(1, keepdim=True).expand_as(similarity)
     order = similarity.flatten().argsort(descending=True, stable=True)
     return [divmod(i, 2) for i in order.tolist()]
 
 
-# ---------------------------------------------------------------- policies
+def rank_by_loss(loss, seconds: Tensor, most: int, few: int = 3, pool: int = 20) -> list[SubLayer]:
+    """A stage's ranking by loss per time saved, the least first. (Ours; the iteration is
+    BlockPruner's, 2406.10594, and FinerCut's, 2405.18218.)
 
+    loss(mask): KL(full || skipped), nats per token, in teacher-forced decoding of the full model's
+    own texts; tools/losses.py measures it. seconds (n_layers, 2): of each sub-layer in a decoding
+    step. In every round the `pool` that were cheapest are measured again, on top of those
+    chosen, and up to `few` join, the later ones only if they are still cheapest with the earlier
+    ones gone: of two that stand in for each other one stays. After `most` the rest follows as is.
+    """
+    n_layers = len(seconds)
+    ranking: list[SubLayer] = []
+    left = [(layer, sub) for layer in range(n_layers) for sub in (ATTENTION, FFN)]
+    prices: dict[SubLayer, float] = {}
+
+    def measure(sublayers: list[SubLayer]) -> None:
+        so_far = loss(mask_of(ranking, n_layers))
+        for sublayer in sublayers:
+            more = loss(mask_of([*ranking, sublayer], n_layers)) - so_far
+            prices[sublayer] = more / seconds[sublayer].item()
+
+    measure(left)
+    while left and len(ranking) < most:
+        left.sort(key=prices.get)
+        for joined in range(min(few, len(left))):
+            if joined:
+                measure(left[:1])
+            if prices[left[0]] > min(prices[other] for other in left):
+                break
+            ranking.append(left.pop(0))
+        measure(left[:pool])
+    return ranking + sorted(left, key=prices.get)
 
 @dataclass(frozen=True)
 class Setting:
     """What a policy may use beside the budget."""
 
     importance: Importance
-    ranking: list[SubLayer]
+    rankings: list[list[SubLayer]]  # one for each stage; all the same if by similarity
     granularity: str = "sublayer"
     seed: int = 0
     horizon: int = 16  # decoding steps that a stage is expected to take
+    stage: int = 0
+    trained: dict[str, Callable] = field(default_factory=dict)  # policies of a trained checkpoint
+
+    def at(self, stage: int) -> "Setting":
+        """The same in another stage."""
+        return replace(self, stage=stage)
+
+    @property
+    def ranking(self) -> list[SubLayer]:
+        """This stage's, what is skipped first in front."""
+        return self.rankings[self.stage]
 
     @property
     def n_layers(self) -> int:
@@ -125,13 +177,12 @@ def litestage(setting: Setting, budget: int) -> Tensor:
 
 
 def unified(setting: Setting, budget: int) -> Tensor:
-    """Unified Layer Skipping (2404.06954): whole layers at even intervals, first and last kept.
-
-    The authors' integer interval bunches up at small ratios; we space the layers evenly.
-    """
+    """Unified Layer Skipping (2404.06954): whole layers at even intervals, first and last kept. The
+    authors' integer interval bunches up at small ratios; we space the layers evenly."""
     inner = setting.n_layers - 2
     count = max(min(budget // 2, inner), 0)
-    return whole_layers((1 + (2 * i + 1) * inner // (2 * count) for i in range(count)), inner + 2)
+    layers = [1 + (2 * i + 1) * inner // (2 * count) for i in range(count)]
+    return whole_layers(layers, setting.n_layers)
 
 
 def early_exit(setting: Setting, budget: int) -> Tensor:
@@ -142,10 +193,8 @@ def early_exit(setting: Setting, budget: int) -> Tensor:
 
 def skipdecode(setting: Setting, budget: int) -> Callable[[int], Tensor]:
     """SkipDecode (2307.02628): the number of whole layers skipped grows linearly with the step,
-    from low layers up, first and last kept, so that a layer never returns.
-
-    It reaches twice the budget after `horizon` steps: the mean over them is the budget.
-    """
+    from low layers up, first and last kept, so that a layer never returns. It reaches twice the
+    budget after `horizon` steps: the mean over them is the budget."""
     n_layers = setting.n_layers
 
     def skip(step: int) -> Tensor:
@@ -167,28 +216,43 @@ class AdaSkip:
     A skipped sub-layer's output is its input times rho, the mean ratio of the norms after and
     before. Per batch, FFNs whose similarity over the first `window` decoding steps reaches the
     budget-th largest prefill similarity are skipped as well. The authors' code watches 20 steps,
-    more than a stage of ours lasts.
+    more than a stage of ours lasts; we watch 5, the paper's smallest window.
     """
 
-    def __init__(self, setting: Setting, budget: int, window: int = 4):
-        importance = setting.importance
-        chosen = mask_of(rank(importance.similarity)[:budget], setting.n_layers)
-        self.mask = chosen * importance.ratio
-        largest = importance.similarity.flatten().sort(descending=True).values
+    def __init__(self, setting: Setting, budget: int, window: int = 5):
+        similarity = setting.importance.similarity
+        self.offline = mask_of(rank(similarity)[:budget], setting.n_layers)
+        self.ratio = setting.importance.ratio
+        largest = similarity.flatten().sort(descending=True).values
         self.threshold = largest[budget - 1].item() if budget else float("inf")
         self.window = window
-        self.probe: ImportanceProbe | None = None  # watches what runs in the first steps
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int) -> Skip:
         if step == 0:  # a new request
-            self.probe, self.now = ImportanceProbe(len(self.mask)), self.mask
+            self.mask = self.offline
+            self.rho = self.ratio.tolist()
+            self.probe = ImportanceProbe(len(self.mask))
         if step == self.window:
-            similarity, ratio = self.probe.means()
-            extra = (similarity >= self.threshold) & (self.probe.counts > 0)
-            extra[:, ATTENTION] = False
-            self.now = torch.where(extra, ratio, self.mask)
+            online = self.probe.means()
+            similar = (online.similarity >= self.threshold) & (self.probe.counts > 0)
+            similar[:, ATTENTION] = False
+            self.mask = self.offline | similar
+            self.rho = torch.where(similar, online.ratio, self.ratio).tolist()
             self.probe = None
-        return self.now
+        return Skip(self.mask, self.scale)
+
+    def scale(self, i, layer, x, places, kv, skip_attention, skip_ffn) -> Tensor:
+        """A hook: a skipped sub-layer multiplies the residual stream by its rho; those that run
+        are probed in the first steps."""
+        if self.probe is not None:
+            layer = partial(self.probe, i, layer)
+        if skip_attention:
+            x = x * self.rho[i][ATTENTION]
+        if not (skip_attention and skip_ffn):
+            x = layer(x, places, kv, skip_attention, skip_ffn)
+        if skip_ffn:
+            x = x * self.rho[i][FFN]
+        return x
 
 
 # name: function of (setting, budget) -> skip set. Add your own here, then `--method NAME`.
@@ -204,7 +268,7 @@ POLICIES: dict[str, Callable] = {
 
 
 if __name__ == "__main__":
-    from data.ask import show_importance  # they stand on this module
-    from data.cli import run
+    from tools.ask import show_importance  # it stands on this module
+    from tools.command import run
 
     run(show_importance)

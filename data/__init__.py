@@ -1,8 +1,8 @@
-"""What lies around the five modules.
+"""What is asked: questions, prompts, tokenizers, benchmarks, the demo.
 
-A command, which is a script in this folder or the one above, imports it first: from then on Ctrl-C
-ends the command with one line, until `cli.run` sees to that. Torch takes a second to import, and
-may swallow the exception that Ctrl-C otherwise raises.
+A command, which is a script here, in tools/ or at the top, imports it first: from then on Ctrl-C
+ends the command with one line, until `run` of tools/command.py sees to that. Torch takes a second
+to import, and may swallow the exception that Ctrl-C otherwise raises.
 """
 
 import os
@@ -10,7 +10,8 @@ import signal
 import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
-COMMANDS = (os.path.dirname(HERE), HERE)  # the folders of our commands
+ROOT = os.path.dirname(HERE)
+COMMANDS = [ROOT, HERE, os.path.join(HERE, "demo"), os.path.join(ROOT, "tools")]
 
 
 def stop(*_) -> None:

@@ -12,9 +12,16 @@ draws the same questions, whatever the order or the format of the file they
 come from. The split files are the same bytes on every run. Downloads stay in
 NAME/download, which may be deleted.
 
+With --targets, train and valid say what the stages should say, for training:
+obqa from its facts, strategyqa from its facts, csqa from ECQA's explanations
+(data/ecqa.py has the rule); csqa's questions without one are counted and left
+out of both. Its test split, the official dev set, stays whole, without targets.
+
     python data/prepare.py obqa
+    python data/prepare.py csqa --targets
 """
 
+import argparse
 import hashlib
 import os
 import re
@@ -23,16 +30,19 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import make_parser, run
+import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
+
+from tqdm import tqdm
+
+from data import ecqa
 from data.prompts import finish
 from data.questions import (
     FOLDER,
@@ -83,7 +93,8 @@ OFFICIAL = {
         "train_rand_split.jsonl or dev_rand_split.jsonl",
     ),
     "strategyqa": Official(
-        "https://raw.githubusercontent.com/google/BIG-bench/main/bigbench/benchmark_tasks/strategyqa",
+        "https://raw.githubusercontent.com/google/BIG-bench/main/"
+        "bigbench/benchmark_tasks/strategyqa",
         {"task.json": None},
         "BIG-bench's task.json or the authors' strategyqa_train.json",
     ),
@@ -106,7 +117,7 @@ def obqa(source: Path, targets: bool) -> dict[str, list[Question]]:
 
 
 def csqa(source: Path, _targets: bool) -> dict[str, list[Question]]:
-    """CommonsenseQA, the random split; it has no facts, and so never targets."""
+    """CommonsenseQA, the random split; its targets come from elsewhere, see `explain`."""
     splits = {}
     train = load(source, "train_rand_split.jsonl", 9741, parse_question)
     if train:
@@ -115,6 +126,43 @@ def csqa(source: Path, _targets: bool) -> dict[str, list[Question]]:
     if test:
         splits["test"] = test
     return splits
+
+
+def explain(splits: dict[str, list[Question]], source: Path) -> None:
+    """Gives csqa's train and valid targets from ECQA; questions that it lacks are left out.
+
+    source: ECQA's file, or a folder or zip that holds it.
+    """
+    entries = read_entries(source)
+    tested = {question.id for question in splits.get("test", [])}
+    for split in ("train", "valid"):
+        if split not in splits:
+            continue
+        taught = ecqa.teach_all(splits[split], entries)
+        taught = [question for question in taught if question.id not in tested]
+        if not taught:
+            raise InputError(f"{source}: expected explanations of csqa's questions, found none")
+        left_out = len(splits[split]) - len(taught)
+        if left_out:
+            print(f"{split}: {left_out} questions without an explanation are left out")
+        splits[split] = taught
+
+
+def read_entries(source: Path) -> dict[str, ecqa.Entry]:
+    """All that ECQA's files in `source` say, by a question's id."""
+    if source.is_file() and source.suffix != ".zip":
+        found = [read(source, source.name)]
+    else:
+        found = [read(source, ecqa.FILE)]
+        if found == [None] and source.is_dir():
+            found = [read(table, table.name) for table in sorted(source.glob(ecqa.TABLES))]
+    if not found or None in found:
+        wanted = f"{ecqa.FILE} or {ecqa.TABLES} of ECQA, for --targets"
+        raise InputError(f"{source}: expected {wanted}; found none; --ecqa FILE may name it")
+    entries = {}
+    for where, raw in found:
+        entries = ecqa.parse_entries(raw, where, where.endswith(".csv")) | entries
+    return entries
 
 
 def strategyqa(source: Path, targets: bool) -> dict[str, list[Question]]:
@@ -324,27 +372,39 @@ def write(path: Path, questions: list[Question]) -> None:
 
 
 def prepare(
-    name: str, source: Path | None, out: Path, targets: bool = False, url: str | None = None
+    name: str,
+    source: Path | None,
+    out: Path,
+    targets: bool = False,
+    url: str | None = None,
+    explanations: Path | None = None,
 ) -> None:
     """Write the splits of benchmark `name` to the folder `out`.
 
     source: the local copy to take them from; None downloads them (from the folder `url`).
+    explanations: for csqa with targets, ECQA's file; None: where the benchmark comes from.
     Every question is read and checked before the first file is written. Raises InputError.
     """
     official = OFFICIAL[name]
-    if targets and name == "csqa":
-        raise InputError("--targets: csqa's files hold no facts to make targets of")
+    explained = targets and name == "csqa"
+    if explanations and not explained:
+        raise InputError("--ecqa: expected csqa with --targets")
     if url and not url.startswith(("http://", "https://")):
         raise InputError(f"--url {url}: expected http://... or https://...")
+    for flag, path in (("--from", source), ("--ecqa", explanations)):
+        if path is not None and not os.path.exists(path):
+            raise InputError(f"{flag} {path}: no such file or folder")
     if source is None:
         source = out / "download"
         for file, sha256 in official.files.items():
             download(f"{(url or official.url).rstrip('/')}/{file}", source / file, sha256)
-    elif not os.path.exists(source):
-        raise InputError(f"--from {source}: no such file or folder")
+        if explained and explanations is None:
+            download(f"{(url or ecqa.URL).rstrip('/')}/{ecqa.FILE}", source / ecqa.FILE, None)
     splits = {"obqa": obqa, "csqa": csqa, "strategyqa": strategyqa}[name](source, targets)
     if not splits:
         raise InputError(f"--from {source}: expected {official.parts}; found none of them")
+    if explained:
+        explain(splits, explanations or source)
     for split in SPLITS:
         path = out / f"{split}.jsonl"
         if split in splits:
@@ -354,8 +414,8 @@ def prepare(
             print(f"{path}: not written, for {source} has nothing to make it of", file=sys.stderr)
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
+    """The command; `parser` comes without flags."""
     parser.add_argument("name", choices=list(OFFICIAL), help="the benchmark")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -377,11 +437,22 @@ def main() -> None:
         "--targets",
         action="store_true",
         help="add what the stages should say, for training: recall is obqa's fact1 or "
-        "strategyqa's facts, analyze tells which option these support; csqa has no facts",
+        "strategyqa's facts, analyze tells which option these support; csqa's come from ECQA",
+    )
+    parser.add_argument(
+        "--ecqa",
+        type=Path,
+        metavar="FILE",
+        help="ECQA's ecqa.jsonl or cqa_data_*.csv for csqa --targets (default: in the folder of "
+        "--from, or downloaded)",
     )
     args = parser.parse_args()
-    prepare(args.name, args.source, args.out or FOLDER / args.name, args.targets, args.url)
+    out = args.out or FOLDER / args.name
+    prepare(args.name, args.source, out, args.targets, args.url, args.ecqa)
 
 
 if __name__ == "__main__":
-    run(main)
+    from tools.command import run
+    from tools.flags import make_parser
+
+    run(partial(main, make_parser(__doc__)))

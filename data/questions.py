@@ -7,6 +7,7 @@ A file holds one JSON object a line, in the layout of OpenBookQA and Commonsense
 
 Two optional keys hold what the stages should say, for training and for worked examples:
 "recall" (text) and "analyze" (a list with one text per choice, in the order of the choices).
+A label is one letter, A-Z or a-z, or one digit, 1-9.
 
     python -c "from data.questions import *; print(read_questions(locate('demo', 'test'))[0])"
 """
@@ -16,13 +17,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from model import InputError, expect
 
 FOLDER = Path(__file__).resolve().parent  # where a named data set has its folder
 BENCHMARKS = ("obqa", "csqa", "strategyqa")  # made by data/prepare.py
+SPLITS = ("train", "valid", "test")
+LABEL = "[A-Za-z1-9]"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Question:
 
     id: str
     stem: str
-    labels: tuple[str, ...]  # capital letters, all different
+    labels: tuple[str, ...]  # one letter or digit each, all different
     options: tuple[str, ...]
     answer: str  # one of the labels
     recall: str | None = None  # target of the recall stage
@@ -56,7 +58,13 @@ def locate(data: str | os.PathLike, split: str) -> Path:
         expect(whole, f"--data {name}: expected a file or a folder, found a pipe or a device")
         return path
     if name in BENCHMARKS:
-        raise InputError(f"{path}: not there yet; make it with: python data/prepare.py {name}")
+        made = [split for split in SPLITS if (path.parent / f"{split}.jsonl").exists()]
+        missing = "not there yet"
+        command = f"python data/prepare.py {name}"
+        if made:
+            missing = f"not there, only {' and '.join(made)}"
+            command += ", without --from or with a --from that holds all its files"
+        raise InputError(f"{path}: {missing}; make it with: {command}")
     expected = f"a questions file, a folder with {split}.jsonl, demo, {', '.join(BENCHMARKS)}"
     raise InputError(f"--data {name}: expected {expected}; found no {path}")
 
@@ -65,13 +73,30 @@ def read_questions(path: str | os.PathLike, targets: bool = False) -> list[Quest
     """Read every question of a JSON-lines file, in file order; blank lines are skipped.
 
     With `targets`, every question must carry "recall" and "analyze"; otherwise they may be absent.
-    Raises InputError naming the file, the line and the key that is wrong.
+    Raises InputError naming the file, the line and the key that is wrong, or how to make targets.
     """
+    path = Path(path)
     try:
-        raw = Path(path).read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_questions(parse_lines(raw, path), path, partial(parse_question, targets=targets))
+    rows = parse_lines(raw, path)
+    if targets:
+        rows = check_targets(rows, path)
+    return parse_questions(rows, path, parse_question)
+
+
+def check_targets(rows: Iterable[tuple[str, object]], path: Path) -> Iterator[tuple[str, object]]:
+    """The same rows, as long as they have targets; else InputError says what makes them."""
+    name = path.resolve().parent.name
+    if name not in BENCHMARKS:
+        name = "csqa"
+    for where, row in rows:
+        for key in ("recall", "analyze"):
+            if isinstance(row, dict) and key not in row:
+                command = f"python data/prepare.py {name} --targets"
+                raise InputError(f"{where}: {key}: missing; make them with: {command}")
+        yield where, row
 
 
 def parse_lines(raw: bytes, name: str | os.PathLike) -> Iterator[tuple[str, object]]:
@@ -117,14 +142,28 @@ def parse_json(raw: bytes, where: str) -> object:
         raise InputError(f"{where}: expected JSON: {problem}") from None
 
 
-def parse_question(row: object, targets: bool = False) -> Question:
+def parse_question(row: object) -> Question:
     """A question from one decoded line; raises InputError without file or line."""
     if not isinstance(row, dict):
         raise InputError(f"expected an object, found {show(row)}")
     id = get(row, "id", str)
     question = get(row, "question", dict)
     stem = get(question, "stem", str, "question.stem")
-    choices = get(question, "choices", list, "question.choices")
+    labels, options = parse_choices(get(question, "choices", list, "question.choices"))
+    answer = get(row, "answerKey", str)
+    if answer not in labels:
+        raise InputError(f"answerKey: expected one of {', '.join(labels)}, found {show(answer)}")
+    recall = None
+    if "recall" in row:
+        recall = get(row, "recall", str)
+    analyses = None
+    if "analyze" in row:
+        analyses = parse_analyses(get(row, "analyze", list), len(labels))
+    return Question(id, stem, tuple(labels), tuple(options), answer, recall, analyses)
+
+
+def parse_choices(choices: list) -> tuple[list[str], list[str]]:
+    """The labels and the options' texts."""
     if len(choices) < 2:
         raise InputError(f"question.choices: expected 2 or more, found {len(choices)}")
     labels = []
@@ -134,30 +173,21 @@ def parse_question(row: object, targets: bool = False) -> Question:
         if not isinstance(choice, dict):
             raise InputError(f"{where}: expected an object, found {show(choice)}")
         label = get(choice, "label", str, f"{where}.label")
-        if not re.fullmatch("[A-Z]", label):
-            raise InputError(f"{where}.label: expected one capital letter, found {show(label)}")
+        if not re.fullmatch(LABEL, label):
+            expected = "expected one letter, A to Z or a to z, or a digit from 1 to 9"
+            raise InputError(f"{where}.label: {expected}, found {show(label)}")
         if label in labels:
             raise InputError(f"{where}.label: {show(label)} is another choice's label already")
         labels.append(label)
         options.append(get(choice, "text", str, f"{where}.text"))
-    answer = get(row, "answerKey", str)
-    if answer not in labels:
-        raise InputError(f"answerKey: expected one of {', '.join(labels)}, found {show(answer)}")
-    analyses = None
-    if targets or "analyze" in row:
-        found = get(row, "analyze", list)
-        if len(found) != len(labels):
-            raise InputError(f"analyze: expected {len(labels)} texts, found {len(found)}")
-        analyses = tuple(check(text, str, f"analyze[{i}]") for i, text in enumerate(found))
-    return Question(
-        id=id,
-        stem=stem,
-        labels=tuple(labels),
-        options=tuple(options),
-        answer=answer,
-        recall=get(row, "recall", str) if targets or "recall" in row else None,
-        analyses=analyses,
-    )
+    return labels, options
+
+
+def parse_analyses(texts: list, count: int) -> tuple[str, ...]:
+    """One text per choice."""
+    if len(texts) != count:
+        raise InputError(f"analyze: expected {count} texts, found {len(texts)}")
+    return tuple(check(text, str, f"analyze[{i}]") for i, text in enumerate(texts))
 
 
 def format_question(question: Question) -> str:

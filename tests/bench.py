@@ -1,7 +1,8 @@
-"""How fast the decoder is: against the memory's limit, transformers and llama.cpp.
+"""How fast the decoder is: against the memory's limit, the plain model, transformers and llama.cpp.
 
-Random weights of a given shape, made in memory; transformers and llama-cpp-python are measured on
-the same weights where they are installed (llama.cpp also needs `gguf`, and reads a temporary file).
+Random weights of a given shape, made in memory. Ours is the packed model of tools/fast.py; plain is
+model.py's. transformers and llama-cpp-python are measured on the same weights where they are
+installed (llama.cpp also needs `gguf`, and reads a temporary file).
 Whatever is compared takes turns in this one process, run after run, after a run that warms up.
 Printed are medians and half the distance of the quartiles. Not part of the tests.
 
@@ -13,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,25 +26,27 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import cli  # noqa: E402
-from generate import generate_batch  # noqa: E402
-from model import (  # noqa: E402
-    DTYPES,
-    PACK_FROM,
-    KVCache,
-    Linear,
-    Llama,
-    ModelArgs,
-    expect,
-    packed_product,
-    read_json,
-)
+from generate import Stepper, Until, generate_batch  # noqa: E402
+from model import DTYPES, KVCache, Llama, ModelArgs, expect, read_json  # noqa: E402
 from skip import mask_of  # noqa: E402
+from tools import fast  # noqa: E402
+from tools.command import run  # noqa: E402
+from tools.flags import make_parser, positive  # noqa: E402
+from tools.progress import progress  # noqa: E402
 
-HEADS = {"n_heads": 32, "n_kv_heads": 4, "head_dim": 64}
-TINYLLAMA = ModelArgs(
-    dim=2048, n_layers=22, **HEADS, hidden_dim=5632, vocab_size=32000, norm_eps=1e-5
-)
+TINYLLAMA = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 CONTEXTS, STEPS, BUDGETS = (64, 512, 2048), 16, (4, 8, 12, 16, 20, 24, 30)
 SLOW = 5  # the most rounds of what takes long: prefill and the stages
 RECALL, ANALYZE, SUMMARIZE = STEPS, STEPS, 8  # tokens that each stage generates
@@ -55,31 +57,34 @@ Decoder = Callable[[list[int], int], tuple[list[int], float, float]]
 # ---------------------------------------------------------------- weights
 
 
-def shape_of(name: str, n_layers: int | None) -> ModelArgs:
-    """tinyllama, demo, or the configuration in a file; with room for the longest context."""
+def shape_of(name: str, n_layers: int | None) -> dict:
+    """The configuration of tinyllama or demo, or in a file; with room for the longest context."""
     path = ROOT / "data" / "demo" / "model" / "config.json" if name == "demo" else Path(name)
-    tiny = name == "tinyllama"
-    args = TINYLLAMA if tiny else ModelArgs.from_config(read_json(path), path)
-    room = max(args.max_seq_len, CONTEXTS[-1] + 2 * STEPS)
-    return replace(args, n_layers=n_layers or args.n_layers, max_seq_len=room)
+    config = dict(TINYLLAMA) if name == "tinyllama" else read_json(path)
+    args = ModelArgs.from_config(config, str(path))
+    config["max_position_embeddings"] = max(args.max_seq_len, CONTEXTS[-1] + 2 * STEPS)
+    config["num_hidden_layers"] = n_layers or args.n_layers
+    return config
 
 
-def random_llama(args: ModelArgs, dtype, device) -> tuple[Llama, dict[str, Tensor]]:
-    """A packed model of random weights, and the same weights by their Hugging Face names. What
-    could not be packed is one and the same memory."""
+def random_llama(args: ModelArgs, dtype, device) -> Llama:
+    """A plain model of random weights."""
     with torch.device("meta"):
         model = Llama(args)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    state = {}
-    for module, named in model.parts():
-        for tensor in named.values():
-            tensor.normal_(0, 0.02) if tensor.ndim == 2 else tensor.fill_(1)
-        state |= named
-        if isinstance(module, Linear):
-            module.pack()
-    if args.tied:
-        model.head = packed_product(model.embed.weight, None)
-    return model, state
+    model.tie()
+    for _, tensor in model.tensors():
+        tensor.normal_(0, 0.02) if tensor.ndim == 2 else tensor.fill_(1)
+    return model
+
+
+def packed_like(plain: Llama) -> Llama:
+    """The packed model of the same weights. What is not packed is one and the same memory."""
+    with torch.device("meta"):
+        model = Llama(plain.args)
+    model.load_state_dict(plain.state_dict(), assign=True)
+    model.tie()
+    return fast.pack(model.requires_grad_(False).eval())
 
 
 def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:
@@ -96,7 +101,7 @@ def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:
 def ours(model: Llama) -> Decoder:
     def decode(prompt, n, cache=None, skip=None):
         cache = cache or KVCache(model, 1, 0)
-        done = generate_batch(model, [(cache, [prompt])], n, skip=skip)[0]
+        done = generate_batch(Stepper(model), [(cache, [prompt])], Until(n), skip)[0]
         return done.ids, done.timings.prefill_s, sum(done.timings.step_s) / max(n - 1, 1)
 
     return decode
@@ -112,18 +117,18 @@ class Clock(list):
         pass
 
 
-def transformers_decoder(args: ModelArgs, state: dict[str, Tensor], device) -> Decoder:
+def transformers_decoder(config: dict, state: dict[str, Tensor], device) -> Decoder:
     """LlamaForCausalLM.generate, greedy, on the very tensors of `state`."""
     import transformers
 
-    values = {f.metadata["key"]: getattr(args, f.name) for f in fields(args) if f.metadata}
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    config = transformers.LlamaConfig(**values, rope_parameters=rope | (args.rope_scaling or {}))
+    tied = config.get("tie_word_embeddings", False)
+    others = {key: value for key, value in config.items() if key != "model_type"}
+    config = transformers.LlamaConfig(**others)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     with device:  # its rotary table is not a weight, so it would stay on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.load_state_dict(state, strict=not args.tied, assign=True)
+    model.load_state_dict(state, strict=not tied, assign=True)
     model.tie_weights()
     model.eval()
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -197,11 +202,11 @@ def llama_cpp_decoder(path: Path, args: ModelArgs) -> Decoder:
     return decode
 
 
-def others(args: ModelArgs, state: dict[str, Tensor], dtype, device, folder) -> dict[str, Decoder]:
+def others(config: dict, state: dict[str, Tensor], dtype, device, folder) -> dict[str, Decoder]:
     """What is installed and can run these weights; a line on what cannot."""
-    found = {}
+    found, args = {}, ModelArgs.from_config(config)
     if find_spec("transformers"):
-        found["transformers"] = transformers_decoder(args, state, device)
+        found["transformers"] = transformers_decoder(config, state, device)
     else:
         print("transformers: not installed, not measured")
     plain = not (args.rope_scaling or args.attention_bias or args.mlp_bias)
@@ -224,7 +229,7 @@ def alternate(title: str, rounds: int, functions: dict[str, Callable], item: int
     """Calls the functions in turns. {name: (median, half the quartiles' distance)} of the seconds
     that a call takes, or that it says it took, if it returns a tuple with them as that item."""
     times = {name: [] for name in functions}
-    with cli.progress(total=(rounds + 1) * len(functions), desc=title, delay=2) as bar:
+    with progress(desc=title, total=(rounds + 1) * len(functions), delay=2) as bar:
         for i in range(rounds + 1):
             for name, function in functions.items():
                 begin = time.perf_counter()
@@ -242,20 +247,28 @@ def show(name: str, seconds: float, spread: float, note: str = "") -> None:
     print(f"{name:<26}{1e3 * seconds:>10.2f} ms +-{spread / seconds:>4.0%}  {note}")
 
 
+def products(model: Llama) -> list[str]:
+    """The kinds of a packed model's products; a tied head that is not packed is plain."""
+    found = []
+    for layer in model.layers:
+        found += [layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj]
+    if isinstance(model.lm_head, fast.FastHead):
+        found.append(model.lm_head.product)
+    return [type(product).__name__ for product in found]
+
+
 def describe(name: str, model: Llama, bytes_read: int) -> None:
     """What is measured, on what, and which products are packed."""
     dtype, cpu, layers = model.dtype, model.device.type == "cpu", model.args.n_layers
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    plain = [linear.weight.numel() for linear in linears if linear.packed is None]
-    plain += [model.embed.weight.numel()] if model.head is None else []
-    why = f"oneDNN packs no {dtype} on this machine" if cpu else "only on the CPU"
-    why = f"smaller than {PACK_FROM} weights are not" if max(plain, default=0) < PACK_FROM else why
+    kinds = products(model)
+    n_packed = len(kinds) - kinds.count("Product")
+    why = f"smaller than {fast.PACK_FROM} weights are not" if cpu else "only on the CPU"
     kind = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name()
     print(f"{name}, {layers} layers, {dtype}, {bytes_read / 1e9:.3f} GB a token")
     print(f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    products = len(linears) + model.args.tied
-    count = f"{products - len(plain)} of {products} products"
-    print(f"packed: {count} ({why})" if plain else f"packed: {count}")
+    count = f"{n_packed} of {4 * layers + 1} products"
+    names = ", ".join(sorted(set(kinds)))
+    print(f"packed: {count} ({names}" + (")" if n_packed > 4 * layers else f"; {why})"))
 
 
 # ---------------------------------------------------------------- the measurements
@@ -357,7 +370,10 @@ def measure_stages(model: Llama, decoders: dict[str, Decoder], bytes_read: int, 
     ids = prompt_of(64, model.args)
 
     def together(cache):
-        return lambda prompts, n: [g.ids for g in generate_batch(model, [(cache, prompts)], n)]
+        def extend(prompts, n):
+            return [row.ids for row in generate_batch(Stepper(model), [(cache, prompts)], Until(n))]
+
+        return extend
 
     def alone(decode):
         return lambda prompts, n: [decode(prompt, n)[0] for prompt in prompts]
@@ -381,7 +397,7 @@ MEASURES = {
 
 @torch.inference_mode()
 def main() -> None:
-    parser = cli.make_parser(__doc__, "--device", "--seed")
+    parser = make_parser(__doc__, "--device", "--seed")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)"
     )
@@ -389,9 +405,9 @@ def main() -> None:
         "--shape", default="tinyllama", help="tinyllama (default), demo or a config.json"
     )
     parser.add_argument(
-        "--layers", type=cli.positive, help="fewer layers of the same width (default: all)"
+        "--layers", type=positive, help="fewer layers of the same width (default: all)"
     )
-    parser.add_argument("--rounds", type=cli.positive, default=9, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=9, help="(default: %(default)s)")
     parser.add_argument("parts", nargs="*", help=f"what to measure (default: {' '.join(MEASURES)})")
     options = parser.parse_args()
     parts = options.parts or list(MEASURES)
@@ -399,19 +415,21 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     known = options.device == "cpu" or (cuda and options.device.startswith("cuda"))
     expect(known, f"--device: no such device here, found {options.device!r}")
-    args = shape_of(options.shape, options.layers)
+    config = shape_of(options.shape, options.layers)
+    args = ModelArgs.from_config(config)
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     torch.manual_seed(options.seed)
     bytes_read = weights_per_token(args, dtype, args.n_layers, args.n_layers)
     with tempfile.TemporaryDirectory() as folder:
-        model, state = random_llama(args, dtype, device)
+        plain = random_llama(args, dtype, device)
+        model = packed_like(plain)
         describe(options.shape, model, bytes_read)
-        decoders = {"ours": ours(model), **others(args, state, dtype, device, folder)}
-        del state
+        decoders = {"ours": ours(model), "plain": ours(plain)}
+        decoders |= others(config, dict(plain.tensors()), dtype, device, folder)
         for part in parts:
             MEASURES[part](model, decoders, bytes_read, max(options.rounds, 2))
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    cli.run(main)
+    run(main)

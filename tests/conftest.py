@@ -1,8 +1,9 @@
 """Small checkpoints for the tests, built on the spot as ordinary Hugging Face folders.
 
-folder, llama, tokenizer   a tiny random Llama with grouped-query attention
-make_checkpoint            writes one of any configuration
-make_chain                 a Llama whose next token, and how sure it is, one can choose
+load                a checkpoint's Llama: each test runs with the plain one and with the packed one
+folder, llama       a tiny random Llama with grouped-query attention
+make_checkpoint     writes one of any configuration
+make_chain          a Llama whose next token, and how sure it is, one can choose
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for other threads
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real checkpoints and tokenizers, where present
 
 from model import Llama  # noqa: E402
+from tools import fast  # noqa: E402
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -148,8 +151,21 @@ def make_checkpoint(tmp_path_factory, tokenizer_json):
     return make
 
 
+def load_packed(folder: Path, *args, **options) -> Llama:
+    """As the commands do, but here a matrix of 2,000 elements is large enough for oneDNN, so that
+    every model has products of both kinds."""
+    with mock.patch.object(fast, "PACK_FROM", 2000):
+        return fast.pack(Llama.from_pretrained(folder, *args, **options))
+
+
+@pytest.fixture(scope="session", params=["plain", "packed"])
+def load(request):
+    """load(folder, device="cpu", dtype=None) -> its Llama, the plain one or the fast one."""
+    return load_packed if request.param == "packed" else Llama.from_pretrained
+
+
 @pytest.fixture(scope="session")
-def make_chain(make_checkpoint):
+def make_chain(make_checkpoint, load):
     """make_chain({token: (next token, confidence)}, **config) -> a Llama that follows the table.
 
     Its sub-layers add nothing, so that the embedding alone, one component for each of 32 tokens,
@@ -172,7 +188,7 @@ def make_chain(make_checkpoint):
                 head[following, token] = math.log(odds) / math.sqrt(n)
 
         config = {"vocab_size": n, "hidden_size": n, "rms_norm_eps": 1e-12} | config
-        return Llama.from_pretrained(make_checkpoint(edit=edit, **config))
+        return load(make_checkpoint(edit=edit, **config))
 
     return make
 
@@ -183,8 +199,8 @@ def folder(make_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama(folder) -> Llama:
-    return Llama.from_pretrained(folder)
+def llama(folder, load) -> Llama:
+    return load(folder)
 
 
 @pytest.fixture(scope="session")

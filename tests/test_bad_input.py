@@ -185,6 +185,26 @@ def plan(**changes):
     return config("plan.json", **changes)
 
 
+def ranked(edit):
+    """edit(rankings) changes the rankings of the plan in place."""
+
+    def damage(folder: Path) -> None:
+        rankings = json.loads((folder / "plan.json").read_text())["rankings"]
+        edit(rankings)
+        edit_json(folder / "plan.json", rankings=rankings)
+
+    return damage
+
+
+WORKED = {"recall": "a fact.", "analyze": ["one.", "two.", "three."], "answerKey": "A"}
+
+
+def worked_examples(*numbers: int):
+    """Writes worked examples beside the questions: questions of these numbers, with targets."""
+    rows = [question(number) | WORKED for number in numbers]
+    return lambda folder: write_questions(folder / "shots.jsonl", rows)
+
+
 def of_another_model(folder: Path) -> None:
     edit_tensors(folder / "model" / "model.safetensors", lambda t: t[NORM].mul_(2))
 
@@ -315,6 +335,11 @@ ROWS = {
         Row("nested beyond reason", raw(C, "[" * 100000), (C, "not JSON")),
         Row("a list", raw(C, "[]"), (C, "expected an object", "list")),
         Row("of another architecture", config(model_type="gpt2"), (C, "model_type", "gpt2")),
+        Row(
+            "of a family that is close",
+            config(model_type="qwen2", architectures=["Qwen2ForCausalLM"], eos_token_id=9999),
+            (C, "model_type", "qwen2", "llama"),
+        ),
         Row("of none", config(model_type=GONE), (C, "model_type", "llama")),
         Row("another activation", config(hidden_act="gelu"), (C, "hidden_act", "gelu", "silu")),
         *(
@@ -410,11 +435,6 @@ ROWS = {
             lambda f: (gone(T)(f), raw("model/tokenizer.model", b"\x0a\x08broken")(f)),
             ("model/tokenizer.model", "not a readable tokenizer"),
         ),
-        Row(
-            "larger than the embedding",
-            tokenizer(lambda t: t["model"]["vocab"].update({f"x{i}": 320 + i for i in range(9)})),
-            ("model", "329", "320"),
-        ),
         Row("no end token", no_end, ("model", "eos_token_id")),
         Row(
             "an end token beyond the vocabulary",
@@ -431,7 +451,7 @@ ROWS = {
         Row(
             "an id beyond the embedding",
             tokenizer(lambda t: t["model"]["vocab"].update(W=99999)),
-            ("model", "100000 tokens", "320"),
+            ("99999", "320"),
         ),
     ],
     "Questions": [
@@ -510,7 +530,7 @@ ROWS = {
             ("plan.json", "another model", "tokenizer"),
             PLAN,
         ),
-        Row("of another format", plan(format=2), ("plan.json", "format", "1", "2"), PLAN),
+        Row("of another format", plan(format=3), ("plan.json", "format", "1 or 2", "3"), PLAN),
         Row(
             "a report instead",
             lambda f: (f / "plan.json").write_text('{"runs": []}'),
@@ -519,8 +539,21 @@ ROWS = {
         ),
         *(
             Row(f"no {key}", plan(**{key: GONE}), ("plan.json", key), PLAN)
-            for key in ("model", "importance", "budgets", "granularity")
+            for key in ("model", "importance", "budgets", "granularity", "rankings", "data_digest")
         ),
+        Row(
+            "a sub-layer ranked twice",
+            ranked(lambda rankings: rankings[1].__setitem__(0, rankings[1][1])),
+            ("plan.json", "rankings", "6 sub-layers once"),
+            PLAN,
+        ),
+        Row(
+            "rankings of two stages",
+            ranked(lambda rankings: rankings.pop()),
+            ("plan.json", "rankings", "expected 3", "found 2"),
+            PLAN,
+        ),
+        Row("ranked by magic", plan(ranking_by="magic"), ("plan.json", "ranking_by", "loss"), PLAN),
         Row("too few budgets", plan(budgets=[1, 2]), ("plan.json", "budgets", "[1, 2]"), PLAN),
         Row("a negative budget", plan(budgets=[1, -2, 0]), ("plan.json", "budgets", "-2"), PLAN),
         Row("more than there are", plan(budgets=[0, 7, 0]), ("plan.json", "budgets", "6"), PLAN),
@@ -590,6 +623,20 @@ ROWS = {
             words=("--stage-budgets", "[7, 0, 0]", "6"),
         ),
         Row("an unknown device", flags=("--device", "tpu"), words=("--device tpu", "cpu")),
+        Row(
+            "a device of another system", flags=("--device", "mps"), words=("--device mps", "cuda")
+        ),
+        Row("no threads", flags=("--threads", "0"), words=("--threads", "from 1", "0")),
+        Row(
+            "budgets for the full model",
+            flags=("--method", "full"),
+            words=("--method full", "skips nothing"),
+        ),
+        Row(
+            "texts in no folder",
+            flags=("--texts", "{DIR}/nowhere/texts.jsonl"),
+            words=("--texts", "nowhere/texts.jsonl", "a folder that exists"),
+        ),
         Row("an unknown dtype", flags=("--dtype", "int8"), words=("--dtype", "int8", "bfloat16")),
         Row(
             "an unknown method", flags=("--method", "magic"), words=("--method", "magic", "adaskip")
@@ -694,6 +741,41 @@ ROWS = {
             "worked examples of the demo",
             flags=("--data", "demo", "--shots", "2"),
             words=("--shots", "none"),
+        ),
+        Row(
+            "worked examples of a file that has none",
+            flags=("--shots", "1"),
+            words=("--shots", "shots.jsonl", "--shots-file"),
+        ),
+        Row(
+            "a worked example with the id of a question under test",
+            worked_examples(7, 2),
+            ("shots.jsonl", "q2", "under test"),
+            ("--shots", "2"),
+        ),
+        Row(
+            "a worked example that asks what a question under test does",
+            lambda f: write_questions(
+                f / "own.jsonl", [WORKED | {"id": "other", "question": question(3)["question"]}]
+            ),
+            ("own.jsonl", "other", "under test", "q3"),
+            ("--shots", "1", "--shots-file", "{DIR}/own.jsonl"),
+        ),
+        Row(
+            "the questions under test as worked examples",
+            flags=("--shots", "1", "--shots-file", "{DIR}/questions.jsonl"),
+            words=("questions.jsonl",),
+        ),
+        Row(
+            "fewer worked examples than asked for",
+            worked_examples(7, 8),
+            ("--shots 3", "shots.jsonl", "2"),
+            ("--shots", "3"),
+        ),
+        Row(
+            "a file of worked examples, but none asked for",
+            flags=("--shots-file", "{DIR}/questions.jsonl"),
+            words=("--shots-file", "--shots"),
         ),
         Row("a negative seed", flags=("--seed", "-1"), words=("--seed", "-1")),
         Row("a seed of 10^30", flags=("--seed", "1" + "0" * 30), words=("--seed", "2^31")),

@@ -1,6 +1,7 @@
 """The demo's world and questions: true, counted, reproducible, and no question in two splits."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,55 @@ def test_bad_flags_are_one_line(args, named, tmp_path):
         [sys.executable, str(DEMO / "make.py"), *args], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_world_is_printed_as_far_as_it_is_read():
+    script = [sys.executable, str(DEMO / "world.py")]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+    assert told == b"" and process.returncode == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "error: No space left on device\n" and done.returncode == 2
+
+
+def test_questions_never_take_the_place_of_a_pipe_or_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for out in (tmp_path / "pipe", tmp_path):
+        done = run_make("--count", 1, "--out", out)
+        assert done.returncode == 2 and f"--out {out}: expected a file" in done.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def run_tokenizer(data, out):
+    script = [sys.executable, str(DEMO / "tokenizer.py"), "--data", str(data), "--out", str(out)]
+    return subprocess.run(script, capture_output=True, text=True)
+
+
+def test_the_tokenizer_reads_questions_as_everybody_does(tmp_path):
+    lines = (DEMO / "valid.jsonl").read_text().splitlines()[:40]
+    made = []
+    for between in ("\n", "\n\n"):  # a blank line says nothing
+        (tmp_path / "some.jsonl").write_text(between.join(lines))
+        done = run_tokenizer(tmp_path / "some.jsonl", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        made.append((tmp_path / "out" / "tokenizer.json").read_bytes())
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "line 1: expected JSON"),
+        ('{"id": "1", "question": {}}', "line 1: recall: missing"),
+        (None, "some.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_the_tokenizer_refuses_in_one_line(tmp_path, content, message):
+    if content:
+        (tmp_path / "some.jsonl").write_text(content)
+    done = run_tokenizer(tmp_path / "some.jsonl", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert message in done.stderr and done.stderr.count("\n") == 1

@@ -1,14 +1,13 @@
-"""Tokenizers, decoding under a skip set, why a text stops, and the three stages.
+"""Decoding under a skip set, why a text stops, and the three stages.
 
 Everything here runs in debug mode, where a cache slot that nobody wrote holds NaN, and every
-forward is checked to be finite: no test passes that has read a hole.
+forward is checked to be finite: no test passes that has read a hole. `llama` and `make_chain` are
+fixtures of two kinds: the plain model and the packed one of tools/fast.py.
 
 python -m pytest -q tests/test_generate.py
 """
 
-import json
 import os
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,19 +18,24 @@ from conftest import BASE
 from safetensors.torch import load_file
 
 import model as module
-from data.prompts import (
-    analyze_prompt,
-    base_prompt,
-    find_answer,
-    finish,
-    recall_prompt,
-    stage_prompts,
-    summarize_prompt,
-)
+from data.prompts import find_answer, finish, stage_prompts
 from data.questions import Question
-from generate import Exit, Pipeline, StaticStep, Timings, Tokenizer, generate, generate_batch
-from model import InputError, KVCache, Llama
+from generate import (
+    Exit,
+    Pipeline,
+    Stepper,
+    Timings,
+    Tokenizer,
+    Until,
+    common_prefix,
+    generate,
+    generate_batch,
+    importance_of,
+    prefill_group,
+)
+from model import KVCache, Llama, Skip
 from skip import POLICIES, Importance, Setting, mask_of, measure_importance, rank
+from tools.fast import RecordedStepper, StaticStep
 
 ROBIN = Question("1", "Which can fly?", ("A", "B"), ("a robin", "an oak"), "A")
 SOUP = Question(
@@ -54,7 +58,8 @@ def calls(monkeypatch):
     def checked(self, tokens, cache=None, pos=0, skip=None, *args, **kwargs):
         logits = forward(self, tokens, cache, pos, skip, *args, **kwargs)
         assert logits.isfinite().all(), "a cache slot was read that nothing had written"
-        seen.append((*tokens.shape, skip is not None and bool(skip.count_nonzero())))
+        mask = skip.mask if isinstance(skip, Skip) else skip
+        seen.append((*tokens.shape, mask is not None and bool(mask.count_nonzero())))
         return logits
 
     monkeypatch.setattr(Llama, "forward", checked)
@@ -70,112 +75,26 @@ def ids_of(n: int, seed=0) -> list[int]:
     return torch.randint(300, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def side_by_side(llama, groups, n, eos=(), skip=None, exit=None, last=(), stepper=None):
+    """Continues groups by n tokens at most, or up to one of eos or with one of last."""
+    until = Until(n, frozenset(eos), frozenset(last), exit)
+    return generate_batch(stepper or Stepper(llama), groups, until, skip)
+
+
 def batch(llama, rows, *args, **options):
     """Continues rows in one batch, each with a cache of its own."""
     groups = [(KVCache(llama, 1, 0), [row]) for row in rows]
-    return generate_batch(llama, groups, *args, **options)
+    return side_by_side(llama, groups, *args, **options)
 
 
-# ---------------------------------------------------------------- tokenizers
-
-TRICKY = [
-    "a",
-    "Which of these can fly?\n(A) a robin, a bird (B) trout\nRecall:",
-    "a\n\nb\n",
-    "tab\there\r\n",
-    "two  spaces   and more ",
-    "é ü ß Ω",
-    "e\u0301 is two characters",
-    "emoji 🙂👩‍👩‍👧",
-    "日本語 mixed 中a文b",
-    "“quotes” — and 'others'",
-    "a\u00a0b zero\u200bwidth",
-    "1234567.89 %$#@ <>{}[]\\",
-    "x" * 60,
-]
+def said(row) -> tuple[list[int], str]:
+    """What a row generated, and why it stopped."""
+    assert len(row.confidences) == len(row.ids)
+    return row.ids, row.stop
 
 
-@pytest.mark.parametrize("text", TRICKY + ["", " ", " leading", "\n", "  \n  "])
-def test_decode_gives_back_what_encode_was_given(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
-
-
-@pytest.mark.parametrize("text", TRICKY)
-def test_llama2s_sentencepiece_gives_texts_back(shared, tmp_path, text):
-    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_begin_token_only_on_request(tokenizer):
-    with_it, without = tokenizer.encode("a robin"), tokenizer.encode("a robin", bos=False)
-    assert with_it == [0] + without and 0 not in without
-
-
-@pytest.mark.parametrize("text", TRICKY)
-def test_ids_of_tokenizer_json_are_those_of_transformers(folder, tokenizer, text):
-    transformers = pytest.importorskip("transformers", reason="a live comparison needs it")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode(text) == theirs(text)["input_ids"]
-    assert tokenizer.encode(text, bos=False) == theirs(text, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("name", ["tokenizers/llama2", "checkpoints/stories260K"])
-def test_ids_of_tokenizer_model_are_those_of_transformers(shared, tmp_path, name):
-    transformers = pytest.importorskip("transformers", reason="a live comparison needs it")
-    pytest.importorskip("google.protobuf", reason="transformers needs it for tokenizer.model")
-    shutil.copy(shared / name / "tokenizer.model", tmp_path)
-    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True)
-    ours = Tokenizer.from_pretrained(tmp_path)
-    for text in TRICKY:
-        if "  " not in text:  # transformers 5 splits runs of spaces otherwise than SentencePiece
-            assert ours.encode(text) == theirs(text)["input_ids"], text
-
-
-def test_llama2_ids_that_transformers_gives(shared, tmp_path):
-    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.eos_ids == {2} and tokenizer.vocab_size == 32000
-    for text, ids in {
-        "Hello world": [15043, 3186],
-        "Recall:": [3599, 497, 29901],
-        "a\n\nb\n": [263, 13, 13, 29890, 13],
-        "日本語": [29871, 30325, 30346, 30968],
-        "(A) x, y": [313, 29909, 29897, 921, 29892, 343],
-    }.items():
-        assert tokenizer.encode(text) == [1] + ids
-        assert tokenizer.encode(text, bos=False) == ids
-
-
-def test_tokenizer_json_goes_before_tokenizer_model(tmp_path, tokenizer_json):
-    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a SentencePiece model")
-    (tmp_path / "config.json").write_text(json.dumps(BASE))
-    assert Tokenizer.from_pretrained(tmp_path).vocab_size == 300
-
-
-@pytest.mark.parametrize(
-    "config, generation, expected",
-    [(5, None, {5}), (5, 7, {7}), (5, [7, 9], {7, 9}), ([5, 6], None, {5, 6})],
-)
-def test_generation_config_names_the_end_tokens_first(
-    tmp_path, tokenizer_json, config, generation, expected
-):
-    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
-    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": config}))
-    if generation is not None:
-        options = json.dumps({"eos_token_id": generation})
-        (tmp_path / "generation_config.json").write_text(options)
-    assert Tokenizer.from_pretrained(tmp_path).eos_ids == expected
-
-
-@pytest.mark.parametrize("eos", [None, -1, 300, "</s>", [], [1, 300]])
-def test_a_tokenizer_without_a_usable_end_token_is_refused(tmp_path, tokenizer_json, eos):
-    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
-    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": eos}))
-    with pytest.raises(InputError, match="eos_token_id"):
-        Tokenizer.from_pretrained(tmp_path)
+def setting_of(importance: Importance, **options) -> Setting:
+    return Setting(importance, [rank(importance.similarity)] * 3, **options)
 
 
 # ---------------------------------------------------------------- why a text stops
@@ -185,16 +104,16 @@ COUNT = {i: (i + 1, 0.9) for i in range(30)}  # 0, 1, 2, ... 30
 
 def test_end_token_ends_a_text_and_is_no_part_of_it(make_chain):
     llama = make_chain(COUNT)
-    assert generate(llama, [3], 20, eos_id=8)[:2] == ([4, 5, 6, 7], "eos")
-    assert generate(llama, [3], 20, eos_id=[20, 7])[:2] == ([4, 5, 6], "eos")
-    assert generate(llama, [3], 20, eos_id=4)[:2] == ([], "eos"), "the very first"
-    assert generate(llama, [4, 3], 3, eos_id=4)[1] == "eos", "one in the prompt is only text"
+    assert said(generate(llama, [3], 20, eos_id=8)) == ([4, 5, 6, 7], "eos")
+    assert said(generate(llama, [3], 20, eos_id=[20, 7])) == ([4, 5, 6], "eos")
+    assert said(generate(llama, [3], 20, eos_id=4)) == ([], "eos"), "the very first"
+    assert generate(llama, [4, 3], 3, eos_id=4).stop == "eos", "one in the prompt is only text"
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_length_stops_after_max_new_tokens(make_chain, n):
     llama = make_chain(COUNT)
-    assert generate(llama, [3], n, eos_id=30)[:2] == (list(range(4, 4 + n)), "length")
+    assert said(generate(llama, [3], n, eos_id=30)) == (list(range(4, 4 + n)), "length")
 
 
 @pytest.mark.parametrize("prompt, n", [(1, 16), (2, 15), (15, 2), (16, 1), (17, 0), (40, 0)])
@@ -202,28 +121,28 @@ def test_context_stops_when_the_last_position_has_spoken(make_chain, prompt, n):
     """16 positions: the token that the last one gives is the last; it has no place itself."""
     llama = make_chain(COUNT, max_position_embeddings=16)
     found = generate(llama, [29] * (prompt - 1) + [0], 100, eos_id=31)
-    assert found[:2] == (list(range(1, 1 + n)), "context")
+    assert said(found) == (list(range(1, 1 + n)), "context")
 
 
 @pytest.mark.parametrize("n", [17, 10**9])
 def test_asking_for_more_than_the_context_holds_costs_no_memory(make_chain, n):
     llama = make_chain(COUNT, max_position_embeddings=16)
-    assert generate(llama, [3], n)[:2] == (list(range(4, 20)), "context")
+    assert said(generate(llama, [3], n)) == (list(range(4, 20)), "context")
 
 
 def test_length_before_context_and_end_token_before_both(make_chain):
     llama = make_chain(COUNT, max_position_embeddings=4)
-    assert generate(llama, [0, 1], 3)[1] == "length", "three tokens fit exactly"
-    assert generate(llama, [0, 1], 4)[:2] == ([2, 3, 4], "context")
-    assert generate(llama, [0, 1], 3, eos_id=4)[:2] == ([2, 3], "eos")
+    assert generate(llama, [0, 1], 3).stop == "length", "three tokens fit exactly"
+    assert said(generate(llama, [0, 1], 4)) == ([2, 3, 4], "context")
+    assert said(generate(llama, [0, 1], 3, eos_id=4)) == ([2, 3], "eos")
 
 
-def test_the_last_position_is_computed_right(folder, llama, make_checkpoint):
+def test_the_last_position_is_computed_right(llama, load, make_checkpoint):
     """A model of 12 positions writes what one of 512 with the same weights writes."""
-    short = Llama.from_pretrained(make_checkpoint(max_position_embeddings=12))
+    short = load(make_checkpoint(max_position_embeddings=12))
     prompt = ids_of(5)
     found, expected = generate(short, prompt, 50), generate(llama, prompt, 8)
-    assert found[:2] == (expected.ids, "context") and expected.stop == "length"
+    assert said(found) == (expected.ids, "context") and expected.stop == "length"
 
 
 # confidences 0.9, 0.8, 0.3, 0.6, 0.9, 0.9, ...
@@ -231,7 +150,7 @@ UNSURE = COUNT | {1: (2, 0.8), 2: (3, 0.3), 3: (4, 0.6)}
 
 
 @pytest.mark.parametrize(
-    "window, threshold, n",
+    "window, threshold, n",  # n: which token's confidence brings the mean down
     [
         (1, 0.31, 3),  # 0.3
         (1, 0.29, None),
@@ -249,32 +168,59 @@ UNSURE = COUNT | {1: (2, 0.8), 2: (3, 0.3), 3: (4, 0.6)}
     ],
 )
 def test_confidence_exit_takes_the_mean_of_the_last_window(make_chain, window, threshold, n):
+    """The end stands in the place of that token, whose step was made all the same."""
     llama = make_chain(UNSURE)
     found = generate(llama, [0], 12, exit=(window, threshold))
-    stop = "length" if n is None else "confidence"
-    assert found[:2] == (list(range(1, 13))[:n], stop)
+    if n is None:
+        assert said(found) == (list(range(1, 13)), "length") and found.steps == 11
+    else:
+        assert said(found) == (list(range(1, n)), "confidence") and found.steps == n - 1
+    confidences = [0.9, 0.8, 0.3, 0.6, *[0.9] * 8]
+    assert found.confidences == pytest.approx(confidences[: len(found.ids)], abs=1e-4)
+    assert len(found.timings.step_s) == found.steps
 
 
 def test_confidence_exit_at_the_threshold_itself(make_chain):
     """32 equal probabilities of exactly 1/32: the mean is at the threshold, so it stops."""
     llama = make_chain({})
-    assert generate(llama, [3], 9, exit=Exit(4, 1 / 32))[:2] == ([0] * 4, "confidence")
-    assert generate(llama, [3], 9, exit=Exit(4, 1 / 33))[1] == "length"
+    assert said(generate(llama, [3], 9, exit=Exit(4, 1 / 32))) == ([0] * 3, "confidence")
+    assert generate(llama, [3], 9, exit=Exit(4, 1 / 33)).stop == "length"
+
+
+def test_the_end_stands_in_place_of_the_token_that_brought_the_mean_down(make_chain):
+    """Confidences 0.9, 0.8, 0.3 after token 0: (0.8 + 0.3) / 2 is below 0.56, so that 3 is not
+    said. A text that may have two tokens is not at fault: it has ended before."""
+    llama = make_chain(UNSURE)
+    found = generate(llama, [0], 12, exit=Exit(2, 0.56))
+    assert said(found) == ([1, 2], "confidence")
+    assert found.confidences == pytest.approx([0.9, 0.8], abs=1e-4)
+    assert said(generate(llama, [0], 3, exit=Exit(2, 0.56))) == ([1, 2], "confidence")
+    assert said(generate(llama, [0], 2, exit=Exit(2, 0.56))) == ([1, 2], "length")
+    last = batch(llama, [[0]], 12, exit=Exit(2, 0.56), last={3})
+    assert said(last[0])[0] == [1, 2], "nor is it as the last token of a line"
+
+
+def test_confidences_are_those_of_the_tokens_said(make_chain):
+    found = batch(make_chain(UNSURE), [[0], [2]], 3, eos={5})
+    assert [said(row) for row in found] == [([1, 2, 3], "length"), ([3, 4], "eos")]
+    for row, expected in zip(found, ([0.9, 0.8, 0.3], [0.3, 0.6])):
+        assert row.confidences == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_last_token_ends_a_text_and_belongs_to_it(make_chain):
-    found = batch(make_chain(COUNT), [[3], [6]], 20, {5: False, 8: True})
-    assert [row[:2] for row in found] == [([4], "eos"), ([7, 8], "eos")]
+    found = batch(make_chain(COUNT), [[3], [6]], 20, eos={5}, last={8})
+    assert [said(row) for row in found] == [([4], "eos"), ([7, 8], "eos")]
+    assert [row.steps for row in found] == [1, 1]
 
 
 def test_no_exit_never_exits(make_chain):
-    assert generate(make_chain({}), [3], 9, exit=None)[1] == "length"
+    assert generate(make_chain({}), [3], 9, exit=None).stop == "length"
     assert Exit() == (5, 0.5), "the defaults that are documented"
 
 
 def test_an_end_token_ends_before_confidence_is_asked(make_chain):
     llama = make_chain(UNSURE)
-    assert generate(llama, [0], 9, eos_id=3, exit=(1, 0.5))[:2] == ([1, 2], "eos")
+    assert said(generate(llama, [0], 9, eos_id=3, exit=(1, 0.5))) == ([1, 2], "eos")
 
 
 def test_temperature_is_drawn_by_the_seed(llama):
@@ -337,27 +283,50 @@ def test_a_skip_set_may_be_a_function_of_the_step(llama, follows):
     assert found.timings.skipped == pytest.approx((4 * 0 + 4 * 2 + 4 * 4) / 12)
 
 
-def test_a_number_in_the_skip_set_multiplies_the_stream(llama, follows):
-    prompt, skip = ids_of(9), torch.tensor([[0, 1.3], [0.6, 0], [0, 0]])
-    found = generate(llama, prompt, 20, skip=skip)
-    assert follows(prompt, found.ids, skip) and not follows(prompt, found.ids, skip != 0)
+def test_a_skip_set_with_a_hook_that_scales(llama, follows):
+    prompt, numbers = ids_of(9), torch.tensor([[0, 1.3], [0.6, 0], [0, 0]])
+    skip = POLICIES["adaskip"](setting_of(Importance(torch.zeros(3, 2), torch.ones(3, 2))), 0)
+    skip(0)
+    skip.rho = numbers.tolist()
+    found = generate(llama, prompt, 20, skip=Skip(numbers != 0, skip.scale))
+    assert follows(prompt, found.ids, numbers) and not follows(prompt, found.ids, numbers != 0)
+    assert found.timings.skipped == 2
 
 
-def test_adaskip_watches_the_decoding(llama):
+def test_a_hook_that_calls_the_layer_changes_no_token(llama):
+    for mask in (mask_of([], 3), *SKIPS):
+        hooked = Skip(mask, lambda i, layer, x, *rest: layer(x, *rest))
+        found = batch(llama, PROMPTS, 12, skip=hooked)
+        assert found[0].timings.skipped == mask.count_nonzero()
+        expected = batch(llama, PROMPTS, 12, skip=mask)
+        assert [row.ids for row in found] == [row.ids for row in expected]
+
+
+def test_adaskip_watches_the_decoding(llama, follows):
     """Where every similarity reaches the threshold, all FFNs are left out after the window."""
     importance = measure_importance(llama, [ids_of(9)])
     low = Importance(importance.similarity - 9, importance.ratio)
-    skip = POLICIES["adaskip"](Setting(low, rank(low.similarity)), 1)
-    generate(llama, ids_of(9), 8, skip=skip)
-    assert skip.now[:, 1].all() and skip.now[:, 0].count_nonzero() <= 1
-    generate(llama, ids_of(9), 2, skip=skip)
-    assert skip.now.count_nonzero() == 1, "a new request starts anew"
+    adaskip, tables = POLICIES["adaskip"](setting_of(low), 1), []
+
+    def skip(step):
+        now = adaskip(step)
+        tables.append(torch.where(now.mask, torch.tensor(adaskip.rho), 0))
+        return now
+
+    found = generate(llama, ids_of(9), 12, skip=skip)
+    assert adaskip.mask[:, 1].all() and adaskip.mask[:, 0].count_nonzero() <= 1
+    assert [table.count_nonzero().item() for table in tables] == [1] * 5 + [
+        adaskip.mask.count_nonzero()
+    ] * 6
+    assert follows(ids_of(9), found.ids, lambda step: tables[min(step, 10)])
+    generate(llama, ids_of(9), 2, skip=adaskip)
+    assert adaskip.mask.count_nonzero() == 1, "a new request starts anew"
 
 
 def test_one_preempted_step_does_not_count():
-    timings = Timings(0.5, [0.25, 0.25, 9.0, 0.25])
+    timings = Timings(0.5, [0.25, 0.25, 9.0, 0.25], [[0, 0]] * 4)
     assert timings.decode_s == 1.0
-    assert Timings(0.5, []).decode_s == 0.0
+    assert Timings(0.5, [], []).decode_s == 0.0
 
 
 # ---------------------------------------------------------------- batches
@@ -372,9 +341,9 @@ def test_a_rows_tokens_do_not_depend_on_the_other_rows(llama, skip, order):
     """End tokens are drawn from what some rows say, so that rows leave at different times."""
     alone = [generate(llama, prompt, 12, skip=skip).ids for prompt in PROMPTS]
     eos = {alone[0][4], alone[2][7], alone[3][1]}
-    expected = [generate(llama, PROMPTS[i], 12, eos, skip)[:2] for i in order]
-    found = batch(llama, [PROMPTS[i] for i in order], 12, dict.fromkeys(eos, False), skip)
-    assert [row[:2] for row in found] == expected
+    expected = [said(generate(llama, PROMPTS[i], 12, eos, skip)) for i in order]
+    found = batch(llama, [PROMPTS[i] for i in order], 12, eos, skip)
+    assert [said(row) for row in found] == expected
     assert len({len(ids) for ids, _ in expected}) > 1 or len(order) < 3
 
 
@@ -382,10 +351,10 @@ def test_a_rows_tokens_do_not_depend_on_the_other_rows(llama, skip, order):
 def test_prompts_of_a_group_share_their_beginning(llama, calls, skip):
     """What a group has in common is computed once, in one forward with what follows it in each
     prompt; the tokens are those of single rows."""
-    expected = [generate(llama, prompt, 12, skip=skip)[:2] for prompt in COMMON]
+    expected = [said(generate(llama, prompt, 12, skip=skip)) for prompt in COMMON]
     calls.clear()
-    found = generate_batch(llama, [(KVCache(llama, 1, 0), COMMON)], 12, (), skip)
-    assert [row[:2] for row in found] == expected
+    found = side_by_side(llama, [(KVCache(llama, 1, 0), COMMON)], 12, (), skip)
+    assert [said(row) for row in found] == expected
     tails = sum(len(prompt) - 6 for prompt in COMMON)
     assert [call[:2] for call in calls[:2]] == [(1, 6 + tails), (3, 1)]
 
@@ -401,11 +370,37 @@ def test_prompts_of_a_group_share_their_beginning(llama, calls, skip):
 )
 def test_groups_of_any_kind_go_side_by_side(llama, groups):
     rows = [prompt for group in groups for prompt in group]
-    expected = [generate(llama, prompt, 10, skip=SKIPS[1])[:2] for prompt in rows]
+    expected = [said(generate(llama, prompt, 10, skip=SKIPS[1])) for prompt in rows]
     caches = [KVCache(llama, 1, 0) for _ in groups]
     for _ in range(2):  # the second time everything lies in the caches already
-        found = generate_batch(llama, list(zip(caches, groups)), 10, (), SKIPS[1])
-        assert [row[:2] for row in found] == expected
+        found = side_by_side(llama, list(zip(caches, groups)), 10, (), SKIPS[1])
+        assert [said(row) for row in found] == expected
+
+
+def test_a_common_prefix_is_as_long_as_all_agree():
+    assert common_prefix([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 5]]) == 2 == common_prefix([[1, 2]])
+    assert common_prefix([[], [1]]) == 0 == common_prefix([[3], [1]])
+
+
+def test_the_worked_example_of_a_prefill(llama, calls):
+    """Prompts ABCD and ABE in a cache that holds A: B, CD and E are run, in one forward."""
+    a, b, c, d, e = ids_of(5)
+    cache = KVCache(llama, 1, 0)
+    prefill_group(llama, (cache, [[a]]))
+    calls.clear()
+    logits, slots = prefill_group(llama, (cache, [[a, b, c, d], [a, b, e]]), room=3)
+    assert calls == [(1, 4, False)], "B, C, D, E"
+    assert slots == [[0, 1, 2, 3], [0, 1, 4]]
+    assert cache.tokens == [a, b, c, d] and cache.max_len == 8
+    for text, found, its in zip([[a, b, c, d], [a, b, e]], logits, slots):
+        alone = KVCache(llama, 1, len(text))
+        expected = llama(torch.tensor([text]), alone)[0, -1]
+        assert torch.allclose(found, expected, atol=1e-5)
+        for kv, other in zip(cache.layers, alone.layers):
+            assert torch.allclose(kv[:, :, its], other, atol=1e-5)
+    more = llama(torch.tensor([[e]]), cache, 4)
+    assert torch.allclose(more, llama(torch.tensor([[a, b, c, d, e]]))[:, -1:], atol=1e-5)
 
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -413,20 +408,22 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 1, 2), (3,)])
-def test_static_steps_decode_the_same_tokens(folder, order, device):
+def test_static_steps_decode_the_same_tokens(folder, load, order, device):
     """What --compile records: the same tokens as steps of growing caches and shrinking batches, for
     one skip set after the other on the same tensors; a cached step is found again."""
-    llama = Llama.from_pretrained(folder, device)
-    rows, static = [PROMPTS[i] for i in order], {}
+    llama = load(folder, device)
+    rows, stepper = [PROMPTS[i] for i in order], RecordedStepper(llama)
     alone = [generate(llama, prompt, 12).ids for prompt in PROMPTS]
-    ends = dict.fromkeys({alone[0][4], alone[2][7], alone[3][1]}, False)
+    ends = {alone[0][4], alone[2][7], alone[3][1]}
     for skip in (*SKIPS, None, *SKIPS):
         expected = batch(llama, rows, 12, ends, skip, Exit(3, 0.005))
-        found = batch(llama, rows, 12, ends, skip, Exit(3, 0.005), static=static)
-        assert [row[:2] for row in found] == [row[:2] for row in expected]
+        found = batch(llama, rows, 12, ends, skip, Exit(3, 0.005), stepper=stepper)
+        assert [said(row) for row in found] == [said(row) for row in expected]
+        assert [row.steps for row in found] == [row.steps for row in expected]
         assert len(found[0].timings.step_s) == len(expected[0].timings.step_s)
-    assert list(static) == [(len(order), 256)]
-    assert len(static[len(order), 256].recorded) == 1 + len(SKIPS)
+        assert found[0].timings.skipped == expected[0].timings.skipped
+    assert list(stepper.recorded) == [(len(order), 256)]
+    assert len(stepper.recorded[len(order), 256].recorded) == 1 + len(SKIPS)
 
 
 def test_copying_the_cache_for_recorded_steps_is_timed(llama, monkeypatch):
@@ -442,33 +439,48 @@ def test_copying_the_cache_for_recorded_steps_is_timed(llama, monkeypatch):
 
     monkeypatch.setattr("generate.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(StaticStep, "load", takes(2, StaticStep.load))
-    monkeypatch.setattr(StaticStep, "under", takes(50, StaticStep.under))
-    timings = batch(llama, PROMPTS, 3, static={})[0].timings
-    assert (timings.prefill_s, set(timings.step_s)) == (2, {0})
+    monkeypatch.setattr(StaticStep, "record", takes(50, StaticStep.record))
+    timings = batch(llama, PROMPTS, 3, stepper=RecordedStepper(llama))[0].timings
+    assert (timings.prefill_s, set(timings.step_s)) == (2, {0}) and clock[0] == 52
 
 
 def test_a_skip_set_that_changes_from_step_to_step_is_not_recorded(llama):
     def skip(step):
         return mask_of([(0, 0), (1, 1), (2, 0)][: step // 3], 3)
 
-    static = {}
+    stepper = RecordedStepper(llama)
     expected = batch(llama, PROMPTS, 12, skip=skip)
-    found = batch(llama, PROMPTS, 12, skip=skip, static=static)
-    assert [row.ids for row in found] == [row.ids for row in expected] and not static
+    found = batch(llama, PROMPTS, 12, skip=skip, stepper=stepper)
+    assert [row.ids for row in found] == [row.ids for row in expected] and not stepper.recorded
+
+
+def test_a_skip_set_with_a_hook_is_not_recorded(llama):
+    """A hook may look at what it is given: it runs at every step."""
+    seen = []
+
+    def hook(i, layer, x, *rest):
+        seen.append(i)
+        return layer(x, *rest)
+
+    stepper = RecordedStepper(llama)
+    found = batch(llama, PROMPTS, 4, skip=Skip(SKIPS[0], hook), stepper=stepper)
+    assert seen == [0, 1, 2] * 3 and not stepper.recorded
+    expected = batch(llama, PROMPTS, 4, skip=SKIPS[0], stepper=stepper)
+    assert [row.ids for row in found] == [row.ids for row in expected] and stepper.recorded
 
 
 def test_finished_rows_leave_the_batch(make_chain, calls):
     llama = make_chain(COUNT)
-    found = batch(llama, [[9], [5], [7]], 20, {11: False})
+    found = batch(llama, [[9], [5], [7]], 20, {11})
     assert [row.ids for row in found] == [[10], [6, 7, 8, 9, 10], [8, 9, 10]]
     assert [bsz for bsz, seqlen, _ in calls] == [1, 1, 1, 3, 2, 2, 1, 1], "prefills, five steps"
 
 
 def test_each_row_has_its_own_exit_and_its_own_context(make_chain):
     llama = make_chain(UNSURE, max_position_embeddings=10)
-    found = batch(llama, [[0], [5], [6] * 8, [6] * 11], 9, {8: False}, exit=Exit(2, 0.56))
-    assert [row[:2] for row in found] == [
-        ([1, 2, 3], "confidence"),
+    found = batch(llama, [[0], [5], [6] * 8, [6] * 11], 9, {8}, exit=Exit(2, 0.56))
+    assert [said(row) for row in found] == [
+        ([1, 2], "confidence"),
         ([6, 7], "eos"),
         ([7], "eos"),
         ([], "context"),
@@ -483,103 +495,23 @@ def test_each_row_has_its_own_exit_and_its_own_context(make_chain):
     ]
 
 
-# ---------------------------------------------------------------- prompts and answers
-
-
-def test_stage_prompts_are_tinythinkers():
-    question = "Which can fly?\n(A) a robin (B) an oak"
-    assert base_prompt(ROBIN) == question
-    assert recall_prompt(ROBIN) == question + "\nRecall:"
-    assert (
-        analyze_prompt(ROBIN, "Birds fly.", "B")
-        == question + "\nRecall: Birds fly.\nAnalyze: For option B,"
-    )
-    assert summarize_prompt(ROBIN, "Birds fly.", ["a bird.", "a tree."]) == (
-        question + "\nRecall: Birds fly."
-        "\nAnalyze: For option A, a bird. For option B, a tree.\nSummarize:"
-    )
-
-
-def test_each_stage_asks_what_it_is_given():
-    said = [["Birds fly."], ["a bird.", "a tree."]]
-    assert stage_prompts(0, ROBIN, []) == [recall_prompt(ROBIN)]
-    assert stage_prompts(1, ROBIN, said[:1]) == [
-        analyze_prompt(ROBIN, "Birds fly.", label) for label in "AB"
-    ]
-    assert stage_prompts(2, ROBIN, said) == [summarize_prompt(ROBIN, *said[0], said[1])]
-
-
-def test_options_come_from_the_data_commas_and_all():
-    assert base_prompt(SOUP).endswith(
-        "\n(A) ice, crushed (B) soup (C) salt, pepper, and oil (D) grass (E) a car"
-    )
-    prompts = stage_prompts(1, SOUP, [["Soup is hot."]])
-    assert [prompt[-len("For option X,") :] for prompt in prompts] == [
-        f"For option {label}," for label in "ABCDE"
-    ]
-
-
-def test_labels_are_the_questions_own():
-    odd = Question("4", "Which?", ("B", "D"), ("x", "y"), "D")
-    assert recall_prompt(odd) == "Which?\n(B) x (D) y\nRecall:"
-    assert stage_prompts(1, odd, [["z."]])[1].endswith("\nRecall: z.\nAnalyze: For option D,")
-    assert "For option B, p. For option D, q." in stage_prompts(2, odd, [["z."], ["p.", "q."]])[0]
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (" Birds fly", "Birds fly."),
-        ("Birds fly. \n", "Birds fly."),
-        ('He said "no"', 'He said "no"'),
-        ("the birds'", "the birds'"),
-        ("Do birds fly?", "Do birds fly?."),
-        ("so,", "so,."),
-        ("", "."),
-        (" \n", "."),
-        ("two\nlines", "two\nlines."),
-    ],
-)
-def test_finish_strips_and_ends_with_a_full_stop(text, expected):
-    assert finish(text) == expected
-    assert finish(finish(text)) == expected
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (" So the answer is option B.", "B"),
-        ("the answer is option A. No, the answer is option C.", "A"),
-        ("the answer is option AB. the answer is option C.", "C"),
-        ("So the answer is option B", None),
-        ("So the answer is option b.", None),
-        ("So the answer is B.", None),
-        ("The answer is option B.", None),
-        ("the answer is option (B).", None),
-        ("", None),
-    ],
-)
-def test_find_answer_takes_the_first_match_or_none(text, expected):
-    assert find_answer(text) == expected
-
-
 # ---------------------------------------------------------------- the three stages
 
 
-def answer(llama, tokenizer, questions, skips=(None,) * 3, exit=None, n=10, caches=None):
+def answer(llama, tokenizer, questions, skips=None, exit=None, n=10, caches=None):
     return Pipeline(llama, tokenizer, n).answer(questions, skips, exit, caches)
 
 
 def afresh(llama, tokenizer, question, skips, exit=None, n=10):
     """The stages one prompt at a time, nothing shared: [(texts, stops, tokens)] of each."""
-    said, stages = [], []
+    before, stages = [], []
     for index, skip in enumerate(skips):
-        prompts = [tokenizer.encode(text) for text in stage_prompts(index, question, said)]
+        prompts = [tokenizer.encode(text) for text in stage_prompts(index, question, before)]
         rows = [generate(llama, ids, n, tokenizer.eos_ids, skip, exit) for ids in prompts]
         texts = [tokenizer.decode(row.ids) for row in rows]
         texts = texts if index == 2 else [finish(text) for text in texts]
         stages.append((texts, [row.stop for row in rows], sum(len(row.ids) for row in rows)))
-        said.append(texts)
+        before.append(texts)
     return stages
 
 
@@ -641,8 +573,8 @@ def test_debug_mode_changes_no_text(llama, tokenizer, monkeypatch):
 def test_a_prompt_makes_holes_of_what_it_does_not_reuse(llama):
     """In a cache that a longer text has filled, what decoding then leaves out is NaN again."""
     cache, prompt = KVCache(llama, 1, 0), ids_of(12, seed=1)
-    generate_batch(llama, [(cache, [ids_of(30)])], 4)
-    generate_batch(llama, [(cache, [prompt])], 6, (), mask_of([(1, 0)], 3))
+    side_by_side(llama, [(cache, [ids_of(30)])], 4)
+    side_by_side(llama, [(cache, [prompt])], 6, (), mask_of([(1, 0)], 3))
     written = [kv[0].isfinite().all(0).all(-1).sum().item() for kv in cache.layers]
     assert written == [12 + 5, 12, 12 + 5], "the sixth token was not fed"
     assert cache.tokens == prompt
@@ -653,9 +585,9 @@ def test_what_all_layers_have_prefilled_is_not_prefilled_again(llama, tokenizer,
     ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
     prefilled = [bsz * seqlen for bsz, seqlen, skips in calls if not skips]
     decoded = [bsz * seqlen for bsz, seqlen, skips in calls if skips]
-    said = [stage.texts for stage in stages]
+    texts = [stage.texts for stage in stages]
     first, options, last = (
-        [tokenizer.encode(text) for text in stage_prompts(i, SOUP, said)] for i in range(3)
+        [tokenizer.encode(text) for text in stage_prompts(i, SOUP, texts)] for i in range(3)
     )
     both = len(os.path.commonprefix(options))
     tails = sum(len(option) - both for option in options)
@@ -674,7 +606,12 @@ def test_stages_count_tokens_steps_and_prompts(tokenizer, llama):
     (stage,) = pipeline.run_stage(1, [SOUP], [[["Soup."]]], caches, SKIPS[0])
     prompts = [tokenizer.encode(text) for text in stage_prompts(1, SOUP, [["Soup."]])]
     assert stage.stops == ["length"] * 5 and stage.tokens == 30 and stage.steps == 5
+    assert stage.prompts == stage_prompts(1, SOUP, [["Soup."]])
     assert stage.prompt_tokens == max(map(len, prompts))
+    assert [len(row.ids) for row in stage.rows] == [len(row.confidences) for row in stage.rows]
+    assert [tokenizer.decode(row.ids) for row in stage.rows] != stage.texts, "which are quoted"
+    assert [finish(tokenizer.decode(row.ids)) for row in stage.rows] == stage.texts
+    assert [row.stop for row in stage.rows] == stage.stops
     assert all(text.endswith((".", '"', "'")) for text in stage.texts)
 
 
@@ -682,18 +619,103 @@ def test_worked_examples_go_before_every_prompt(llama, tokenizer):
     """A newline ends what is generated after them, and is not part of the text."""
     shots = "What do cows make?\n(A) milk (B) wool\nRecall: Cows make milk.\n\n"
     pipeline = Pipeline(llama, tokenizer, 40, shots)
-    for index, said in enumerate(([], [["Soup."]], [["Soup."], list("vwxyz")])):
-        expected = [shots + prompt for prompt in stage_prompts(index, SOUP, said)]
-        found = pipeline.prompt_ids(index, SOUP, said)
+    for index, texts in enumerate(([], [["Soup."]], [["Soup."], list("vwxyz")])):
+        expected = [shots + prompt for prompt in stage_prompts(index, SOUP, texts)]
+        assert pipeline.prompts(index, SOUP, texts) == expected
+        found = pipeline.prompt_ids(index, SOUP, texts)
         assert [tokenizer.decode(ids) for ids in found] == expected
     assert tokenizer.newline_ids == {i for i in range(300) if "\n" in tokenizer.decode([i])}
     ((_, stages),) = pipeline.answer([SOUP])
     assert not any("\n" in text for stage in stages for text in stage.texts)
 
 
-@pytest.mark.parametrize("index, said", [(0, []), (1, [["A."]]), (2, [["A."], list("vwxyz")])])
+SHOTS = "What do cows make?\n(A) milk (B) wool\nRecall: Cows make milk.\nSummarize: So A.\n\n"
+
+
+def test_worked_examples_are_prefilled_once(llama, tokenizer, calls):
+    """Before any question, and then never again: what a stage runs is what its prompt adds."""
+    n = len(tokenizer.encode(SHOTS))
+    pipeline = Pipeline(llama, tokenizer, 8, SHOTS)
+    assert calls == [(1, n, False)] and pipeline.shared_tokens == n
+    questions = [SOUP, ROBIN, BEES]
+    caches = pipeline.new_caches(3)
+    assert len(calls) == 1
+    assert [cache.tokens for cache in caches] == [tokenizer.encode(SHOTS)] * 3
+    calls.clear()
+    shared = pipeline.answer(questions, SKIPS, None, caches)
+    prefilled = [seqlen for bsz, seqlen, skips in calls if not skips]
+    for question, ran in zip(questions, prefilled):
+        assert ran == len(pipeline.prompt_ids(0, question, [])[0]) - n
+    calls.clear()
+    afresh = pipeline.answer(questions, SKIPS, None, [KVCache(llama, 1, 0) for _ in range(3)])
+    again = [seqlen for bsz, seqlen, skips in calls if not skips]
+    assert again == [ran + n for ran in prefilled[:3]] + prefilled[3:]
+    calls.clear()
+    assert told(pipeline.answer(questions, SKIPS)[2][1]) == told(shared[2][1])
+    assert [seqlen for bsz, seqlen, skips in calls if not skips] == prefilled, "without caches, too"
+    for ours, its in zip(shared, afresh):
+        assert ours[0] == its[0] and told(ours[1]) == told(its[1])
+        for stage, other in zip(ours[1], its[1]):
+            assert [row.ids for row in stage.rows] == [row.ids for row in other.rows]
+
+
+def test_caches_with_worked_examples_are_independent(llama, tokenizer):
+    """What one question leaves in its cache is in no other, nor in those to come."""
+    pipeline = Pipeline(llama, tokenizer, 8, SHOTS)
+    first, second = pipeline.new_caches(2)
+    expected = told(pipeline.answer([BEES], SKIPS)[0][1])
+    pipeline.answer([SOUP], SKIPS, None, [first])
+    assert pipeline.shared.tokens == second.tokens == tokenizer.encode(SHOTS)
+    assert told(pipeline.answer([BEES], SKIPS, None, [second])[0][1]) == expected
+    assert told(pipeline.answer([BEES], SKIPS, None, [first])[0][1]) == expected
+    assert told(pipeline.answer([BEES], SKIPS)[0][1]) == expected
+
+
+def test_without_worked_examples_nothing_is_shared(llama, tokenizer, calls):
+    pipeline = Pipeline(llama, tokenizer)
+    assert pipeline.shared_tokens == 0 and not calls
+    assert [cache.tokens for cache in pipeline.new_caches(2)] == [[], []]
+
+
+def test_worked_examples_longer_than_the_context(make_checkpoint, load, tokenizer, calls):
+    """There is nothing to share, and every prompt says that it does not fit."""
+    context = len(tokenizer.encode(SHOTS)) - 1
+    pipeline = Pipeline(load(make_checkpoint(max_position_embeddings=context)), tokenizer, 8, SHOTS)
+    assert pipeline.shared_tokens == 0 and not calls
+    ((label, stages),) = pipeline.answer([ROBIN])
+    assert label is None and all(set(stage.stops) == {"context"} for stage in stages)
+
+
+def test_importance_of_the_stages_prompts(llama, tokenizer):
+    """Over one prompt of every stage of every question, worked examples and all."""
+    pipeline = Pipeline(llama, tokenizer, 6, SHOTS)
+    answered = [stages for _, stages in pipeline.answer([ROBIN, BEES])]
+    prompts = []
+    for question, stages in zip([ROBIN, BEES], answered):
+        texts = [stage.texts for stage in stages]
+        for index in range(3):
+            text = SHOTS + stage_prompts(index, question, texts[:index])[0]
+            prompts.append(tokenizer.encode(text))
+    expected = measure_importance(llama, prompts)
+    found = importance_of(pipeline, [ROBIN, BEES], answered)
+    assert torch.equal(found.similarity, expected.similarity)
+    assert torch.equal(found.ratio, expected.ratio)
+
+
+def test_there_is_one_skip_set_for_each_stage(llama, tokenizer):
+    with pytest.raises(ValueError, match="skips: expected 3"):
+        answer(llama, tokenizer, [ROBIN], SKIPS[:2])
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_nothing_cannot_be_generated(llama, n):
+    with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more"):
+        generate(llama, [3], n)
+
+
+@pytest.mark.parametrize("index, texts", [(0, []), (1, [["A."]]), (2, [["A."], list("vwxyz")])])
 def test_after_worked_examples_a_stage_ends_with_its_line(
-    llama, tokenizer, monkeypatch, index, said
+    llama, tokenizer, monkeypatch, index, texts
 ):
     """At the newline, not at the most tokens; without examples it goes on behind it."""
     ids = tokenizer.encode(" Hen.\nQuiz", bos=False)
@@ -710,7 +732,7 @@ def test_after_worked_examples_a_stage_ends_with_its_line(
     rows = len(SOUP.options) if index == 1 else 1
     for shots, text, n in (("Hens lay.\n\n", "Hen.", len(line)), ("", "Hen.\nQuiz", len(ids))):
         pipeline = Pipeline(llama, tokenizer, 30, shots)
-        (stage,) = pipeline.run_stage(index, [SOUP], [said], [KVCache(llama, 1, 0)])
+        (stage,) = pipeline.run_stage(index, [SOUP], [texts], [KVCache(llama, 1, 0)])
         assert [found.strip().removesuffix(".") for found in stage.texts] == [
             text.removesuffix(".")
         ] * rows
@@ -722,8 +744,9 @@ def test_after_worked_examples_a_stage_ends_with_its_line(
 def test_no_policy_ever_reads_a_hole(llama, tokenizer, name, budget):
     """Every policy in every stage, one cache, two questions; see `calls` for what is checked."""
     importance = measure_importance(llama, [ids_of(9)])
-    setting = Setting(importance, rank(importance.similarity), horizon=4)
-    skips = [POLICIES[name](setting, stage) for stage in (budget, max(budget - 1, 0), budget)]
+    setting = setting_of(importance, horizon=4)
+    budgets = (budget, max(budget - 1, 0), budget)
+    skips = [POLICIES[name](setting.at(i), stage) for i, stage in enumerate(budgets)]
     cache = KVCache(llama, 1, 0)
     for question in (SOUP, ROBIN):
         ((_, stages),) = answer(llama, tokenizer, [question], skips, Exit(3, 0.2), 8, [cache])
@@ -734,12 +757,12 @@ def test_no_policy_ever_reads_a_hole(llama, tokenizer, name, budget):
 # ---------------------------------------------------------------- prompts that do not fit
 
 
-def test_a_prompt_that_does_not_fit_is_reported_not_a_crash(make_checkpoint, tokenizer):
+def test_a_prompt_that_does_not_fit_is_reported_not_a_crash(make_checkpoint, load, tokenizer):
     """At every length of the context each stage either writes or says `context`."""
-    longest = len(tokenizer.encode(recall_prompt(SOUP)))
+    longest = len(tokenizer.encode(stage_prompts(0, SOUP, [])[0]))
     seen = set()
     for context in (8, longest - 1, longest, longest + 6, longest + 20, longest + 40):
-        llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=context))
+        llama = load(make_checkpoint(max_position_embeddings=context))
         ((_, stages),) = answer(llama, tokenizer, [SOUP], SKIPS, None, 10)
         assert told(stages) == afresh(llama, tokenizer, SOUP, SKIPS)
         for stage in stages:
@@ -751,9 +774,9 @@ def test_a_prompt_that_does_not_fit_is_reported_not_a_crash(make_checkpoint, tok
     assert seen == {"recall", "analyze", "summarize"}
 
 
-def test_one_that_does_not_fit_leaves_its_neighbours_alone(make_checkpoint, tokenizer):
-    context = len(tokenizer.encode(recall_prompt(SOUP))) - 1
-    llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=context))
+def test_one_that_does_not_fit_leaves_its_neighbours_alone(make_checkpoint, load, tokenizer):
+    context = len(tokenizer.encode(stage_prompts(0, SOUP, [])[0])) - 1
+    llama = load(make_checkpoint(max_position_embeddings=context))
     questions = [ROBIN, SOUP, BEES]
     found = answer(llama, tokenizer, questions, SKIPS, None, 4)
     for (_, stages), question in zip(found, questions):
@@ -761,7 +784,7 @@ def test_one_that_does_not_fit_leaves_its_neighbours_alone(make_checkpoint, toke
     assert found[1][1][0].stops == ["context"] and found[0][1][0].stops == ["length"]
 
 
-def test_an_answer_is_none_where_nothing_was_said(make_checkpoint, tokenizer):
-    llama = Llama.from_pretrained(make_checkpoint(max_position_embeddings=8))
+def test_an_answer_is_none_where_nothing_was_said(make_checkpoint, load, tokenizer):
+    llama = load(make_checkpoint(max_position_embeddings=8))
     ((label, stages),) = answer(llama, tokenizer, [ROBIN])
     assert label is None and all(set(stage.stops) == {"context"} for stage in stages)

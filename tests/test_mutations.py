@@ -219,6 +219,7 @@ CONFIG, TOKENIZER = "model/config.json", "model/tokenizer.json"
 INDEX = "sharded/model.safetensors.index.json"
 USED = ("num_key_value_heads", "num_attention_heads", "head_dim", "rope", "rms_norm_eps")
 USED += ("max_position_embeddings", "eos_token_id", "hidden_act")
+FOLLOWED = ("budgets", "exit", "importance", "granularity", "ranking")  # of a plan
 FAMILIES = {
     "config.json, a value": Family(as_json(CONFIG), generate, starts(*USED)),
     "config.json, a byte": Family(as_bytes(CONFIG), generate, always),
@@ -236,9 +237,7 @@ FAMILIES = {
     ),
     "questions, a value": Family(as_lines("questions.jsonl"), evaluate, always),
     "questions, a byte": Family(as_bytes("questions.jsonl"), evaluate, always),
-    "plan, a value": Family(
-        as_json("plan.json"), evaluate_plan, starts("budgets", "exit", "importance", "granularity")
-    ),
+    "plan, a value": Family(as_json("plan.json"), evaluate_plan, starts(*FOLLOWED)),
     "plan, a byte": Family(as_bytes("plan.json"), evaluate_plan, always),
     "journal, a line": Family(as_lines("journal"), search, always),
     "journal, a byte": Family(as_bytes("journal"), search, always),

@@ -4,11 +4,13 @@ The releases here are made up, but laid out like the official ones; a server on 
 them. python -m pytest -q tests/test_prepare.py
 """
 
+import csv
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -20,9 +22,10 @@ from pathlib import Path
 
 import pytest
 
-from data import prepare
-from data.cli import run
+from data import ecqa, prepare
 from data.questions import FOLDER, Question, format_question, read_questions
+from tools.command import run
+from tools.flags import make_parser
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "benchmarks"
@@ -117,7 +120,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
         status = 0
         try:
-            run(prepare.main)
+            run(partial(prepare.main, make_parser(prepare.__doc__)))
         except SystemExit as stop:
             status = stop.code or 0
         return status, *capsys.readouterr()
@@ -277,6 +280,182 @@ def test_csqa_draws_the_same_whatever_the_order(command, tmp_path, csqa_files):
     assert drawn[0] == drawn[1]
 
 
+# ---------------------------------------------------------------- csqa's targets, from ECQA
+
+
+def explained(ids, **more) -> list[dict]:
+    """Entries of ECQA for these questions of `made_up`."""
+    entries = []
+    for id in ids:
+        entry = {
+            "id": id,
+            "positives": ["Numbers go up.", f"A goat says nothing of  {id}."],
+            "negatives": ["Numbers are no goats"],
+            "explanation": "Numbers go up, goats do not.",
+        }
+        entries.append(entry | more)
+    return entries
+
+
+def as_lines(entries: list[dict]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def as_table(entries: list[dict]) -> bytes:
+    """The CSV of the authors' script, which has a number first."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    columns = ["q_no", "q_concept", "q_text", *(f"q_op{i}" for i in range(1, 6)), "q_ans"]
+    writer.writerow(["", *columns, "taskA_pos", "taskA_neg", "taskB"])
+    for i, entry in enumerate(entries):
+        texts = ("\n".join(entry["positives"]), "\n".join(entry["negatives"]))
+        writer.writerow([i, entry["id"], *["x, y"] * 8, *texts, entry["explanation"]])
+    return file.getvalue().encode()
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[dict]:
+    known = [f"train-{i}" for i in range(0, 9741, 2)] + [f"dev-{i}" for i in range(1221)]
+    return explained(known) + explained(known[:5], positives=["Twice."])  # the first counts
+
+
+def test_csqa_targets_come_from_ecqa(command, tmp_path, csqa_files, entries):
+    source = unpacked(tmp_path / "from", csqa_files | {"ecqa.jsonl": as_lines(entries)})
+    status, out, err = command("csqa", "--from", source, "--out", tmp_path, "--targets")
+    assert (status, err) == (0, "")
+    assert "train: 4256 questions without an explanation are left out" in out
+    found = [read(tmp_path, split, targets=True) for split in ("train", "valid")]
+    ids = [question.id for part in found for question in part]
+    assert len(ids) == len(set(ids)) == 4871, "an id that ECQA has twice comes once"
+    assert all(id.startswith("train-") for id in ids), "the official dev set is never trained on"
+    test = read(tmp_path, "test")
+    assert len(test) == 1221 and test[0].recall is None
+    first = next(question for question in found[0] if question.answer == "A")
+    assert first.recall == f"Numbers go up. A goat says nothing of {first.id}."
+
+
+@pytest.mark.parametrize("layout", ["lines", "table", "tables"])
+@pytest.mark.parametrize("flag", ["--from", "--ecqa"])
+def test_ecqa_is_read_in_either_layout(command, tmp_path, csqa_files, entries, layout, flag):
+    half = len(entries) // 2
+    files = {
+        "lines": {"ecqa.jsonl": as_lines(entries)},
+        "table": {"cqa_data_train.csv": as_table(entries)},
+        "tables": {
+            "cqa_data_test.csv": as_table(entries[:half]),
+            "cqa_data_train.csv": as_table(entries[half:]),
+        },
+    }[layout]
+    source = unpacked(tmp_path / "from", csqa_files)
+    there = unpacked(tmp_path / "ecqa" if flag == "--ecqa" else source, files)
+    more = []
+    if flag == "--ecqa":
+        more = ["--ecqa", there if layout == "tables" else there / next(iter(files))]
+    assert command("csqa", "--from", source, *more, "--out", tmp_path, "--targets")[0] == 0
+    found = read(tmp_path, "train", targets=True)
+    assert len(found) == 4264
+    assert found[1].analyses[found[1].labels.index("B")].startswith(("A goat", "Numbers are"))
+
+
+def test_ecqa_is_downloaded_like_the_benchmark(serve, command, tmp_path, csqa_files, entries):
+    serve("csqa", csqa_files | {"ecqa.jsonl": as_lines(entries)})
+    url = prepare.OFFICIAL["csqa"].url
+    assert command("csqa", "--out", tmp_path, "--targets", "--url", url)[0] == 0
+    assert len(read(tmp_path, "train", targets=True)) == 4264
+
+
+GARDEN = Question(
+    "1",
+    "Where do tomatoes grow?",
+    ("A", "B", "C", "D"),
+    ("gardens", "the desert", "sea", "shop window"),
+    "A",
+)
+
+
+@pytest.mark.parametrize(
+    "positives, negatives, recall, analyses",
+    [
+        (
+            ["Plants need soil.", "A garden has soil"],
+            ["In a window nothing grows.", "Deserts are dry. They are hot. Few plants live there."],
+            "Plants need soil.",
+            [
+                "A garden has soil.",
+                "Deserts are dry. They are hot.",
+                'the recalled facts do not support "sea".',
+                "In a window nothing grows.",
+            ],
+        ),
+        (
+            ["Plants need soil."],
+            ["Too dry.", "Too salty.", "Too dark."],
+            "Plants need soil.",
+            ['the recalled facts support "gardens".', "Too dry.", "Too salty.", "Too dark."],
+        ),
+        (
+            [],
+            ["Too dry."],
+            "Tomatoes grow in soil. Soil is in gardens.",
+            [
+                'the recalled facts support "gardens".',
+                'the recalled facts do not support "the desert".',
+                'the recalled facts do not support "sea".',
+                'the recalled facts do not support "shop window".',
+            ],
+        ),
+    ],
+)
+def test_the_rule_that_makes_targets(positives, negatives, recall, analyses):
+    explanation = "Tomatoes grow in soil. Soil is in gardens. The rest is long."
+    taught = ecqa.teach(GARDEN, ecqa.Entry(positives, negatives, explanation))
+    assert taught.recall == recall
+    assert list(taught.analyses) == analyses
+
+
+def test_a_question_without_an_explanation_gets_no_targets():
+    empty = ecqa.Entry([], ["Too dry."], "")
+    assert ecqa.teach_all([GARDEN], {"1": empty}) == []
+    assert ecqa.teach_all([GARDEN], {}) == []
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("ecqa.jsonl", b"{", "ecqa.jsonl, line 1: expected JSON"),
+        ("ecqa.jsonl", b"[1]", "ecqa.jsonl, line 1: expected an object"),
+        ("ecqa.jsonl", b'{"id": "1"}', "ecqa.jsonl, line 1: positives: missing"),
+        ("ecqa.jsonl", as_lines(explained("1", positives=[1])), "positives: expected a text"),
+        ("ecqa.jsonl", as_lines(explained("1", explanation=[1])), "explanation: expected a text"),
+        ("ecqa.jsonl", as_lines(explained("1")), "expected explanations of csqa's questions"),
+        ("cqa_data_a.csv", b"q_no,taskB\n1,x\n", "cqa_data_a.csv: expected a column taskA_pos"),
+        ("cqa_data_a.csv", b"", "cqa_data_a.csv: expected a column q_no"),
+        ("cqa_data_a.csv", b"\xff", "cqa_data_a.csv: expected UTF-8 text, found byte 0xff"),
+        ("cqa_data_a.csv", b"q_no,taskA_pos,taskA_neg,taskB\n1,2\n", "line 2: expected 4 columns"),
+        ("other.jsonl", b"", "expected ecqa.jsonl or cqa_data*.csv of ECQA"),
+    ],
+)
+def test_what_is_not_ecqa_is_refused(refused, tmp_path, csqa_files, name, content, message):
+    source = unpacked(tmp_path / "from", csqa_files | {name: content})
+    assert message in refused("csqa", "--from", source, "--targets")
+    assert "--ecqa nosuch: no such" in refused("csqa", "--targets", "--ecqa", "nosuch")
+
+
+@needs_shared
+def test_the_real_ecqa_makes_targets(command, tmp_path):
+    assert command("csqa", "--from", SHARED / "csqa", "--out", tmp_path, "--targets")[0] == 0
+    found = [read(tmp_path, split, targets=True) for split in ("train", "valid")]
+    assert [len(part) for part in found] == [2552, 352]
+    official = {question.id for question in read_questions(SHARED / "csqa/dev_rand_split.jsonl")}
+    for question in found[0] + found[1]:
+        assert question.id not in official
+        for text in (question.recall, *question.analyses):
+            assert text.endswith((".", '"', "'")) and "\n" not in text
+            assert not re.search(r"[Oo]ption [A-E]\b", text), text
+    own = [text for q in found[0] for text in q.analyses if "the recalled facts" not in text]
+    assert len(own) > 0.8 * 5 * len(found[0]), "most options have a text of their own"
+
+
 @pytest.mark.parametrize("targets", [(), ("--targets",)])
 def test_strategyqa_draws_the_same_from_both_formats(command, tmp_path, targets):
     files = {"task.json": bigbench(), "theirs.json": authors()}
@@ -377,7 +556,8 @@ def test_sources_that_are_not_the_benchmark(refused, tmp_path):
         message = refused(name, "--from", empty)
         assert f"--from {empty}: expected" in message and wanted in message
     assert "_complete.jsonl" in refused("obqa", "--from", empty, "--targets")
-    assert "no facts" in refused("csqa", "--from", empty, "--targets")
+    told = refused("obqa", "--from", empty, "--targets", "--ecqa", empty)
+    assert "--ecqa: expected csqa with --targets" in told
 
 
 def test_a_wrong_count_is_refused(refused, tmp_path):
@@ -604,4 +784,4 @@ def test_by_default_the_splits_go_where_their_name_finds_them(monkeypatch, comma
     calls = []
     monkeypatch.setattr(prepare, "prepare", lambda *args: calls.append(args))
     assert command("csqa")[0] == 0
-    assert calls == [("csqa", None, FOLDER / "csqa", False, None)]
+    assert calls == [("csqa", None, FOLDER / "csqa", False, None, None)]

@@ -80,10 +80,10 @@ def test_a_byte_order_mark_and_line_separators_in_a_text_are_no_mistake(tmp_path
         (row(question={"stem": "?", "choices": [1, 2]}), "choices[0]: expected an object"),
         (row(question=choices(("A", "x"))), "question.choices: expected 2 or more, found 1"),
         (row(question=choices(("A", "x"), ("A", "y"))), 'choices[1].label: "A" is another'),
-        (row(question=choices(("A", "x"), ("b", "y"))), "expected one capital letter"),
-        (row(question=choices(("A", "x"), ("AB", "y"))), "expected one capital letter"),
-        (row(question=choices(("A", "x"), ("É", "y"))), "expected one capital letter"),
-        (row(question=choices(("A", "x"), ("A\n", "y"))), "expected one capital letter"),
+        (row(question=choices(("A", "x"), ("0", "y"))), "expected one letter, A to Z or a to z"),
+        (row(question=choices(("A", "x"), ("AB", "y"))), "expected one letter, A to Z or a to z"),
+        (row(question=choices(("A", "x"), ("É", "y"))), "expected one letter, A to Z or a to z"),
+        (row(question=choices(("A", "x"), ("A\n", "y"))), "expected one letter, A to Z or a to z"),
         (row(question=choices(("A", "x"), ("B", " "))), "choices[1].text: expected a text"),
         (row(question=choices(("A", "x"), ("B", None))), "choices[1].text: expected a text"),
         (row(question=choices(("A", "x"), ("B", "y")) | {"stem": " "}), "question.stem: expected"),
@@ -117,8 +117,25 @@ def test_two_questions_with_one_id_are_refused(tmp_path):
 def test_targets_are_required_when_asked_for(tmp_path, key):
     path = write(tmp_path, row(), row(id="9", **{key: None}))
     assert len(read_questions(path)) == 2
-    with pytest.raises(InputError, match=f"line 2: {key}: missing"):
+    with pytest.raises(InputError, match=f"line 2: {key}: missing; .*prepare.py csqa --targets"):
         read_questions(path, targets=True)
+
+
+def test_missing_targets_name_the_command_that_makes_them(tmp_path):
+    (tmp_path / "obqa").mkdir()
+    path = write(tmp_path / "obqa", format_question(PLAIN))
+    made = "make them with: python data/prepare.py obqa --targets"
+    with pytest.raises(InputError, match=f"line 1: recall: missing; {made}$"):
+        read_questions(path, targets=True)
+
+
+@pytest.mark.parametrize("labels", ["12", "ab", "Zz", "A1b", "987654321"])
+def test_labels_may_be_letters_and_digits(tmp_path, labels):
+    given = choices(*((label, f"option {label}") for label in labels))
+    path = write(tmp_path, row(question=given, answerKey=labels[-1], analyze=None))
+    (question,) = read_questions(path)
+    assert question.labels == tuple(labels) and question.answer == labels[-1]
+    assert read_questions(write(tmp_path, format_question(question))) == [question]
 
 
 def test_files_that_hold_no_questions(tmp_path):
@@ -156,6 +173,10 @@ def test_locate_says_what_is_missing_and_what_makes_it(tmp_path, monkeypatch):
     for name in ("obqa", "csqa", "strategyqa"):
         with pytest.raises(InputError, match=f"{name}/test.jsonl: .*data/prepare.py {name}$"):
             locate(name, "test")
+    (tmp_path / "csqa").mkdir()
+    (tmp_path / "csqa" / "test.jsonl").touch()  # made of the dev file alone
+    with pytest.raises(InputError, match="csqa/valid.jsonl: not there, only test; .*--from"):
+        locate("csqa", "valid")
     with pytest.raises(InputError, match="--data nosuch: expected .*; found no nosuch$"):
         locate("nosuch", "test")
     with pytest.raises(InputError, match="--data .*; found no .*/test.jsonl$"):

@@ -1,4 +1,7 @@
-"""Two processes, as torchrun starts them, give what one gives: the same report, plan and errors."""
+"""Two processes, as torchrun starts them, give what one gives: the same report, plan and errors.
+
+A mistake is one line from one of them, whichever makes it.
+"""
 
 import shutil
 import socket
@@ -15,13 +18,14 @@ from damage import (
     eval_flags,
     forked,
     make_model,
+    one_line,
     question,
     read_untimed,
     search_flags,
     write_questions,
 )
 
-from data.setup import find_device
+from tools.setup import find_device
 
 VARIED = ("--max-new-tokens", "4", "--exit-window", "2", "--exit-threshold", "0.25")
 
@@ -40,15 +44,15 @@ def files(good, tmp_path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "files"))
 
 
-def two(name: str, *argv: str) -> list[Done]:
-    """The command on both of two ranks."""
+def two(name: str, *argv: str, before: str = "") -> list[Done]:
+    """The command on both of two ranks; `before` is code that runs first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with ThreadPoolExecutor(2) as pool:
         ranks = [place | {"RANK": str(rank)} for rank in range(2)]
-        quick = "import search; search.ROUNDS, search.BATCH = 2, 3"
+        quick = f"import search; search.ROUNDS, search.BATCH = 2, 3\n{before}"
         return list(pool.map(lambda env: forked(name, *argv, before=quick, env=env), ranks))
 
 
@@ -99,6 +103,61 @@ def test_a_mistake_is_told_by_one_rank(files):
     assert (first.status, second.status) == (2, 2)
     assert first.err.startswith("error: ") and first.err.count("\n") == 1
     assert first.out == second.out == second.err == ""
+
+
+# Code that runs first: one of the ranks comes to grief in the middle of its work.
+FAILS = """
+import os, eval, time
+from model import InputError
+def fails(*_, **__):
+    {what}
+if os.environ["RANK"] in "{ranks}":
+    eval.evaluate = fails
+"""
+RAISES = 'raise InputError("no memory left here")'
+TOLD = "error: no memory left here\n"
+
+
+@pytest.mark.parametrize("ranks, told", [("0", [TOLD, ""]), ("1", ["", TOLD]), ("01", [TOLD, ""])])
+def test_a_mistake_of_any_rank_is_told_once(ranks, told, files):
+    before = FAILS.format(what=RAISES, ranks=ranks)
+    done = two("eval", *eval_flags(files, "--stage-budgets", "1,1,1"), before=before)
+    assert [rank.status for rank in done] == [2, 2]
+    assert [rank.err for rank in done] == told
+
+
+def test_a_rank_that_makes_the_mistake_a_little_later_is_silent(files):
+    what = f'time.sleep(int(os.environ["RANK"]))\n    {RAISES}'
+    before = FAILS.format(what=what, ranks="01")
+    done = two("eval", *eval_flags(files, "--stage-budgets", "1,1,1"), before=before)
+    assert [(rank.status, rank.err) for rank in done] == [(2, TOLD), (2, "")]
+
+
+def test_a_rank_that_is_killed_is_one_line_of_the_first(files):
+    before = FAILS.format(what="os._exit(9)", ranks="1")
+    first, second = two("eval", *eval_flags(files, "--stage-budgets", "1,1,1"), before=before)
+    assert (first.status, second.status, second.err) == (2, 9, "")
+    assert first.err == "error: another of the processes has ended\n"
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE: expected a whole number, as torchrun sets it, found none"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK: expected a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: expected a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected a number below WORLD_SIZE 2, found 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK: the processes cannot meet"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+            "RANK: the processes cannot meet",
+        ),
+    ],
+)
+def test_a_place_among_the_ranks_that_is_none_is_one_line(env, words, files):
+    done = forked("eval", *eval_flags(files, "--stage-budgets", "1,1,1"), env=env)
+    assert words in one_line(done)
 
 
 def test_a_number_of_ranks_without_a_rank_is_a_batch_system_and_not_torchrun(files):

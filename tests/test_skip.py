@@ -1,5 +1,7 @@
 """Importance, ranking, and every policy's choice, worked by hand on small cases.
 
+What runs a model runs the plain and the packed one.
+
 python -m pytest -q tests/test_skip.py
 """
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import KVCache, Skip
 from skip import (
     ATTENTION,
     FFN,
@@ -32,15 +35,21 @@ def make_setting(n_layers=L, seed=0, granularity="sublayer", horizon=16) -> Sett
     rng = torch.Generator().manual_seed(5)
     similarity = torch.rand(n_layers, 2, generator=rng, dtype=torch.float64)
     ratio = 1 + torch.rand(n_layers, 2, generator=rng, dtype=torch.float64)
-    ranking = rank(similarity, granularity)
-    return Setting(Importance(similarity, ratio), ranking, granularity, seed, horizon)
+    rankings = [rank(similarity, granularity)] * 3
+    return Setting(Importance(similarity, ratio), rankings, granularity, seed, horizon)
 
 
 def setting_of(similarity, ratio=None, **options) -> Setting:
     similarity = torch.tensor(similarity, dtype=torch.float64)
     ratio = torch.ones_like(similarity) if ratio is None else torch.tensor(ratio).double()
-    ranking = rank(similarity, options.get("granularity", "sublayer"))
-    return Setting(Importance(similarity, ratio), ranking, **options)
+    rankings = [rank(similarity, options.get("granularity", "sublayer"))] * 3
+    return Setting(Importance(similarity, ratio), rankings, **options)
+
+
+def mask_at(skip, step: int) -> torch.Tensor:
+    """What a policy's choice leaves out at a step."""
+    now = skip(step) if callable(skip) else skip
+    return now.mask if isinstance(now, Skip) else now
 
 
 def chosen(mask) -> set[tuple[int, int]]:
@@ -87,8 +96,8 @@ def test_similarity_and_ratio_of_vectors_worked_by_hand():
     probe = ImportanceProbe(2)
     before = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
     after = torch.tensor([[[6.0, 8.0], [0.0, 2.0]]])  # cosines 1 and 0, norms 10/5 and 2/1
-    probe(0, FFN, before, after)
-    probe(0, FFN, before, -before)  # another forward: cosines -1 and -1, norms as they were
+    probe.compare(0, FFN, before, after)
+    probe.compare(0, FFN, before, -before)  # another forward: cosines -1 and -1, norms as they were
     similarity, ratio = probe.means()
     assert similarity.tolist() == [[0, pytest.approx((0.5 - 1) / 2)], [0, 0]]
     assert ratio.tolist() == [[0, pytest.approx((2 + 1) / 2)], [0, 0]]
@@ -100,7 +109,7 @@ def test_similarity_is_computed_in_float32_whatever_the_model_computes_in():
     before = torch.randn(1, 4, 64, generator=rng).bfloat16()
     after = (before.float() + 0.02 * torch.randn(1, 4, 64, generator=rng)).bfloat16()
     probe = ImportanceProbe(1)
-    probe(0, ATTENTION, before, after)
+    probe.compare(0, ATTENTION, before, after)
     x, y = before.double(), after.double()
     expected = ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean().item()
     assert probe.means()[0][0, ATTENTION].item() == pytest.approx(expected, abs=1e-6)
@@ -145,7 +154,7 @@ def test_every_policy_skips_what_its_budget_allows(budget):
         mask = POLICIES[name](setting, budget)
         assert mask.shape == (L, 2) and mask.dtype == torch.bool
         assert mask.count_nonzero() == number, name
-    assert POLICIES["adaskip"](setting, budget)(0).count_nonzero() == budget
+    assert mask_at(POLICIES["adaskip"](setting, budget), 0).count_nonzero() == budget
     assert set(POLICIES) == set(expected) | {"adaskip", "skipdecode"}
 
 
@@ -154,11 +163,10 @@ def test_every_policy_skips_what_its_budget_allows(budget):
 def test_models_of_few_layers_are_no_special_case(name, n_layers):
     for budget in range(2 * n_layers + 1):
         skip = POLICIES[name](make_setting(n_layers), budget)
-        mask = skip(0) if callable(skip) else skip
-        assert mask.shape == (n_layers, 2)
+        mask = mask_at(skip, 0)
+        assert mask.shape == (n_layers, 2) and mask.dtype == torch.bool
         if name in ("unified", "skipdecode"):
-            late = skip(99) if callable(skip) else mask
-            assert not {0, n_layers - 1} & set(layers(late))
+            assert not {0, n_layers - 1} & set(layers(mask_at(skip, 99)))
 
 
 # ---------------------------------------------------------------- unified, early exit, random
@@ -255,6 +263,20 @@ def test_litestage_by_hand():
     assert chosen(POLICIES["litestage"](setting, 3)) == {(0, FFN), (1, ATTENTION), (2, FFN)}
 
 
+def test_each_stage_has_its_own_ranking():
+    """What a policy ranks by is its stage's; AdaSkip has one set for all."""
+    orders = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(1, 1), (1, 0), (0, 1), (0, 0)]]
+    similarity = torch.tensor([[0.1, 0.2], [0.9, 0.3]])
+    setting = Setting(Importance(similarity, torch.ones(2, 2)), orders)
+    found = [chosen(POLICIES["litestage"](setting.at(stage), 2)) for stage in (0, 1)]
+    assert found == [{(0, 0), (0, 1)}, {(1, 0), (1, 1)}]
+    for stage in (0, 1):
+        assert setting.at(stage).ranking == orders[stage]
+        mask = mask_at(POLICIES["adaskip"](setting.at(stage), 2), 0)
+        assert chosen(mask) == {(1, ATTENTION), (1, FFN)}
+    assert setting.stage == 0, "a setting is not changed"
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_litestage_by_layers_keeps_pairs(budget):
     setting = make_setting(granularity="layer")
@@ -270,26 +292,75 @@ SIMILARITY = [[0.9, 0.2], [0.5, 0.8], [0.7, 0.1]]  # ranks (0, A) (1, F) (2, A) 
 RATIO = [[1.1, 1.2], [1.3, 1.4], [1.5, 1.6]]
 
 
+def numbers(skip) -> torch.Tensor:
+    """What an AdaSkip multiplies the stream by at its last step; 0 where the sub-layer runs."""
+    return torch.where(skip.mask, torch.tensor(skip.rho), 0)
+
+
 def show(skip, step, cosines: dict, ratio=1.0):
-    """One decoding step: the mask, and what the probe then sees of (layer, sub): cosine."""
-    mask = skip(step)
-    probe = getattr(skip, "probe", None)
-    if probe is not None:
+    """One decoding step: its `numbers`, and what the probe then sees of (layer, sub): cosine."""
+    now = skip(step)
+    found = numbers(skip)
+    assert torch.equal(now.mask, found != 0)
+    if skip.probe is not None:
         for (layer, sub), cosine in cosines.items():
             after = torch.tensor([[[cosine, (1 - cosine**2) ** 0.5]]]) * ratio
-            probe(layer, sub, torch.tensor([[[1.0, 0.0]]]), after)
-    return mask.double()
+            skip.probe.compare(layer, sub, torch.tensor([[[1.0, 0.0]]]), after)
+    return found
 
 
 def test_adaskip_multiplies_by_the_ratio_where_it_skips():
     skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3)
-    assert torch.allclose(skip(0), torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]]).double())
+    assert torch.allclose(show(skip, 0, {}), torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]]))
+
+
+SUBLAYERS = [(layer, sub) for layer in range(3) for sub in (0, 1)]
+SETS = [[(1, 0)], [(1, 1)], [(0, 1), (2, 0), (2, 1)], SUBLAYERS]
+
+
+def scaled(table) -> Skip:
+    """Multiplies the stream by each number of the table (n_layers, 2) that is not 0."""
+    skip = AdaSkip(make_setting(len(table)), 0)
+    skip(0)
+    skip.rho = torch.tensor(table).tolist()
+    return Skip(torch.tensor(table) != 0, skip.scale)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.8, 1.3])
+@pytest.mark.parametrize("skipped", SETS)
+def test_a_ratio_multiplies_the_stream(folder, llama, skipped, value):
+    table = (value * mask_of(skipped, 3)).tolist()
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tokens = torch.tensor([[0, 5, 9, 30, 7, 3, 3, 200]])
+    expected, _ = plain.forward(tensors, config, tokens, torch.tensor(table))
+    assert (llama(tokens, skip=scaled(table)) - expected).abs().max() < 1e-4
+
+
+def test_each_sublayer_has_its_own_ratio(folder, llama):
+    table = [[0, 0.7], [1.2, 1], [1.1, 0]]
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tokens = torch.tensor([[0, 5, 9, 30, 7, 3, 3, 200]])
+    expected, _ = plain.forward(tensors, config, tokens, torch.tensor(table))
+    assert (llama(tokens, skip=scaled(table)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("skipped", SETS)
+def test_a_sublayer_that_is_scaled_is_left_out(llama, skipped):
+    """It reads no key of its own, and writes none."""
+    cache = KVCache(llama, 1, 4)
+    before = [kv.clone() for kv in cache.layers]
+    llama(torch.tensor([[0, 5, 9]]), cache, skip=scaled((0.5 * mask_of(skipped, 3)).tolist()))
+    for i in range(3):
+        same = torch.equal(cache.layers[i].nan_to_num(), before[i].nan_to_num())
+        assert same == ((i, ATTENTION) in skipped)
 
 
 def test_adaskip_ignores_the_stage_and_the_granularity():
     """One set for every stage: the most similar sub-layers, even where others rank layers."""
     skip = AdaSkip(setting_of(SIMILARITY, RATIO, granularity="layer"), 3)
-    assert chosen(skip(0)) == {(0, ATTENTION), (1, FFN), (2, ATTENTION)}
+    assert chosen(skip(0).mask) == {(0, ATTENTION), (1, FFN), (2, ATTENTION)}
 
 
 def test_adaskip_adds_ffns_that_reach_the_threshold_while_decoding():
@@ -299,30 +370,30 @@ def test_adaskip_adds_ffns_that_reach_the_threshold_while_decoding():
     assert skip.threshold == pytest.approx(0.7)
     first = show(skip, 0, {(0, FFN): 0.65, (1, ATTENTION): 0.95, (2, FFN): 0.9}, ratio=2.0)
     second = show(skip, 1, {(0, FFN): 0.77, (1, ATTENTION): 0.95, (2, FFN): 0.4}, ratio=3.0)
-    rest = [skip(step) for step in (2, 3, 30)]
-    base = torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]]).double()
+    rest = [show(skip, step, {}) for step in (2, 3, 30)]
+    base = torch.tensor([[1.1, 0], [0, 1.4], [1.5, 0]])
     assert torch.allclose(first, base) and torch.allclose(second, base)
-    for mask in rest:
-        assert torch.allclose(mask, torch.tensor([[1.1, 2.5], [0, 1.4], [1.5, 0]]).double())
+    for found in rest:
+        assert torch.allclose(found, torch.tensor([[1.1, 2.5], [0, 1.4], [1.5, 0]]))
 
 
 def test_adaskip_adds_an_ffn_whose_similarity_just_reaches_the_threshold():
     """The third largest is 0, and so is the cosine of what FFN 0 does: orthogonal, exactly."""
     skip = AdaSkip(setting_of([[0.5, -1.0], [0.25, 0.0]]), 3, window=1)
     show(skip, 0, {(0, FFN): 0.0})
-    assert skip(1).tolist() == [[1, 1], [1, 1]]
+    assert show(skip, 1, {}).tolist() == [[1, 1], [1, 1]]
     show(skip, 0, {(0, FFN): -0.01})
-    assert skip(1).tolist() == [[1, 0], [1, 1]]
+    assert show(skip, 1, {}).tolist() == [[1, 0], [1, 1]]
 
 
 def test_adaskip_starts_anew_with_every_request():
     skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3, window=2)
     for step in range(2):
         show(skip, step, {(0, FFN): 0.99})
-    assert skip(2)[0, FFN] > 0
+    assert show(skip, 2, {})[0, FFN] > 0
     for step in range(2):  # a request whose FFN 0 changes much
         assert show(skip, step, {(0, FFN): 0.3})[0, FFN] == 0
-    assert skip(2)[0, FFN] == 0
+    assert show(skip, 2, {})[0, FFN] == 0
     assert skip.threshold == pytest.approx(0.7)
 
 
@@ -331,20 +402,52 @@ def test_adaskip_drops_what_a_request_saw_that_ended_early():
     show(skip, 0, {(0, FFN): 1.0})  # ends here
     for step in range(2):
         show(skip, step, {(0, FFN): 0.6})
-    assert skip(2)[0, FFN] == 0, "the mean of 0.6, 0.6 is below 0.7, of 1, 0.6, 0.6 above"
+    assert show(skip, 2, {})[0, FFN] == 0, "the mean of 0.6, 0.6 is below 0.7, of 1, 0.6, 0.6 above"
 
 
 def test_adaskip_without_budget_skips_nothing_ever():
     skip = AdaSkip(setting_of(SIMILARITY, RATIO), 0, window=1)
     show(skip, 0, {(0, FFN): 1.0, (1, FFN): 1.0})
-    assert skip(0).count_nonzero() == 0 and skip(1).count_nonzero() == 0
+    for step in (0, 1):
+        assert show(skip, step, {}).count_nonzero() == 0
+
+
+def test_adaskip_watches_five_steps():
+    """The smallest window of its paper. FFN 0 is at 0.75 in steps 0 to 3 and at 0.45 in step 4, so
+    that five have a mean of 0.69, below the 0.7 of budget 3, and any four before 0.75."""
+    skip = AdaSkip(setting_of(SIMILARITY, RATIO), 3)
+    for step in range(4):
+        assert show(skip, step, {(0, FFN): 0.75})[0, FFN] == 0
+    assert show(skip, 4, {(0, FFN): 0.45})[0, FFN] == 0
+    assert show(skip, 5, {})[0, FFN] == 0
+    for step in range(5):
+        assert show(skip, step, {(0, FFN): 0.75})[0, FFN] == 0, "not before the window is full"
+    assert show(skip, 5, {})[0, FFN] > 0
 
 
 def test_adaskip_watches_the_model_itself(llama):
     """On a real decoder the probe sees what runs, and no sub-layer that was skipped."""
     prompts = [[0, 5, 9, 30, 7]]
     importance = measure_importance(llama, prompts)
-    skip = AdaSkip(Setting(importance, rank(importance.similarity)), 2, window=1)
-    mask = skip(0)
-    llama(torch.tensor([[4]]), skip=mask, probe=skip.probe)
-    assert torch.equal(skip.probe.counts == 0, mask != 0)
+    skip = AdaSkip(Setting(importance, [rank(importance.similarity)] * 3), 2, window=1)
+    now = skip(0)
+    llama(torch.tensor([[4]]), skip=now)
+    assert now.mask.count_nonzero() == 2
+    assert torch.equal(skip.probe.counts == 0, now.mask)
+
+
+def test_adaskip_probes_the_streams_that_are_scaled(folder, llama):
+    """What it learns online is what the textbook says of a model with the scaled sub-layers."""
+    importance = measure_importance(llama, [[0, 5, 9, 30, 7]])
+    skip = AdaSkip(Setting(importance, [rank(importance.similarity)] * 3), 3, window=1)
+    llama(torch.tensor([[4]]), skip=skip(0))
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    _, streams = plain.forward(tensors, config, [[4]], numbers(skip))
+    found = skip.probe.means()
+    for (layer, sub), (before, after) in zip(SUBLAYERS, streams):
+        if not skip.mask[layer, sub]:
+            cosine = torch.cosine_similarity(before, after, dim=-1).item()
+            ratio = (after.norm() / before.norm()).item()
+            assert found.similarity[layer, sub].item() == pytest.approx(cosine, abs=1e-5)
+            assert found.ratio[layer, sub].item() == pytest.approx(ratio, abs=1e-4)

@@ -194,6 +194,8 @@ def main():
     )
     parser.add_argument("--splits", metavar="DIR", help="write the shipped three files there")
     args = parser.parse_args()
+    if args.out and os.path.exists(args.out) and not os.path.isfile(args.out):
+        parser.error(f"--out {args.out}: expected a file, found a folder or a device")
     if args.count < 1:
         parser.error(f"--count must be at least 1, found {args.count}")
     try:

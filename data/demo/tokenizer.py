@@ -7,13 +7,23 @@ every text is encoded with the begin token first.
     python data/demo/tokenizer.py --data data/demo/train.jsonl --out tokenizer
 """
 
-import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: it has a tokenizer.py
+
+import data  # noqa: F401, E402  # isort: skip  (first: Ctrl-C is one line while torch loads)
+
+from tokenizers import Tokenizer, decoders, models  # noqa: E402
+
+from tokenizers import pre_tokenizers, processors, trainers  # noqa: E402  # isort: skip
+
+from data.prompts import pieces  # noqa: E402
+from data.questions import read_questions  # noqa: E402
+from model import InputError  # noqa: E402
 
 BEGIN, END = "<s>", "</s>"
 VOCAB_SIZE = 1600
@@ -21,18 +31,8 @@ VOCAB_SIZE = 1600
 
 def texts(path):
     """Everything of every question in a file of JSON lines that is ever tokenized."""
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            row = json.loads(line)
-            choices = row["question"]["choices"]
-            shown = " ".join(f"({c['label']}) {c['text']}" for c in choices)
-            analyses = " ".join(
-                f"For option {c['label']}, {t}" for c, t in zip(choices, row["analyze"])
-            )
-            yield (
-                f"{row['question']['stem']}\n{shown}\nRecall: {row['recall']}\nAnalyze: {analyses}"
-                f"\nSummarize: So the answer is option {row['answerKey']}."
-            )
+    for question in read_questions(path, targets=True):
+        yield "".join(text for text, _ in pieces(question))
 
 
 def train(files, vocab_size=VOCAB_SIZE):
@@ -53,37 +53,34 @@ def train(files, vocab_size=VOCAB_SIZE):
     return tokenizer
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(parser):
+    """The command; `parser` comes without flags."""
     parser.add_argument("--data", nargs="+", required=True, help="question files with explanations")
     parser.add_argument(
         "--out", required=True, help="the folder for tokenizer.json and tokenizer_config.json"
     )
     args = parser.parse_args()
+    tokenizer = train(args.data)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+    }
+    out = Path(args.out)
     try:
-        tokenizer = train(args.data)
-        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(out / "tokenizer.json.part"))
+        (out / "tokenizer.json.part").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         os.replace(out / "tokenizer.json.part", out / "tokenizer.json")
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BEGIN,
-            "eos_token": END,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 512,
-        }
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as e:
-        print(f"{e.filename}: {e.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
     print(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    from tools.command import run
+    from tools.flags import make_parser
+
+    run(partial(main, make_parser(__doc__)))

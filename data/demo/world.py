@@ -16,6 +16,8 @@ for a space.
 """
 
 import argparse
+import os
+import sys
 
 # kind: (plural, things). A leading "*" marks a name without an article: "gold is a metal".
 KINDS = {
@@ -630,10 +632,21 @@ def rule(name, kind):
     return None, ""
 
 
-if __name__ == "__main__":
-    _raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=_raw).parse_args()
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     print(f"{len(THINGS)} things, {len(KINDS)} kinds, {len(PROPERTIES)} properties")
-    for _name in PROPERTIES:
-        print(f"{_name}: {len(HAVE[_name])} yes, {len(LACK[_name])} no")
-        print(f"   yes: {', '.join(HAVE[_name])}")
+    for name in PROPERTIES:
+        print(f"{name}: {len(HAVE[name])} yes, {len(LACK[name])} no")
+        print(f"   yes: {', '.join(HAVE[name])}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as e:  # `| head -1`, which has read enough, or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(e, BrokenPipeError):
+            print(f"error: {e.strerror}", file=sys.stderr)
+            sys.exit(2)
