@@ -2,7 +2,7 @@
 
 The methods answer the same questions in the same run, alternating question by question, so that a
 slow minute of the machine hits all of them. A stage's latency is its prefill + decoding steps x
-median step time. `python eval.py` alone runs the plan that ships with the demo.
+median time of such a step. `python eval.py` alone runs the plan that ships with the demo.
 
     python eval.py --stage-budgets 2,4,1
 """

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class Timings(NamedTuple):
     prefill_s: float
     step_s: list[float]
     skips: list[list[float]]
+    kinds: list[str] = []  # what else steps differ in: how many rows, which hook
 
     @property
     def skipped(self) -> float:
@@ -64,15 +66,15 @@ class Timings(NamedTuple):
     @property
     def decode_s(self) -> float:
         """Count x median time of each kind of step, summed: one step that the system preempted does
-        not count. Steps that skip as many sub-layers are of one kind."""
-        by_kind: dict[float, list[float]] = {}
-        for skipped, seconds in zip(self.skips, self.step_s):
-            by_kind.setdefault(sum(skipped), []).append(seconds)
+        not count. Steps of one kind skip as many sub-layers."""
+        by_kind: dict[tuple, list[float]] = {}
+        for kind, skipped, seconds in zip(cycle(self.kinds or [""]), self.skips, self.step_s):
+            by_kind.setdefault((kind, sum(skipped)), []).append(seconds)
         return sum(len(steps) * median(steps) for steps in by_kind.values())
 
     def share(self, n: int) -> "Timings":
         """One question's part of a batch of n."""
-        return Timings(self.prefill_s / n, [step / n for step in self.step_s], self.skips)
+        return self._replace(prefill_s=self.prefill_s / n, step_s=[s / n for s in self.step_s])
 
 
 class Generation(NamedTuple):
@@ -164,7 +166,7 @@ class Stepper:
 
     def prepare(self, groups: list[Group], room: int, skip) -> None:
         """Called before the clock starts: what will be prefilled, and what steps will skip."""
-        self.prefill_s, self.step_s, self.skips = 0.0, [], []  # see Timings
+        self.prefill_s, self.step_s, self.skips, self.kinds = 0.0, [], [], []  # see Timings
         self.in_prefill = getattr(skip, "prefill", None)
 
     def start(self, groups: list[Group], room: int) -> Picked:
@@ -184,13 +186,14 @@ class Stepper:
         picked = self.advance(skip)
         self.step_s.append(time.perf_counter() - began)
         self.skips.append(count_skipped(skip))
+        self.kinds.append(f"{len(rows)} {getattr(getattr(skip, 'hook', None), '__name__', '')}")
         return picked
 
     def load(self) -> None:
         """Called when the first tokens are picked."""
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these: a finished row costs nothing more."""
+        """Drops all rows but these."""
         if len(rows) < len(self.tokens):
             self.tokens = self.tokens[rows]
             self.cache.keep(rows)
@@ -273,7 +276,7 @@ def generate_batch(stepper: Stepper, groups: list[Group], until: Until, skip=Non
         step += 1
         for row in active:
             row.steps = step
-    timings = Timings(stepper.prefill_s, stepper.step_s, stepper.skips)
+    timings = Timings(stepper.prefill_s, stepper.step_s, stepper.skips, stepper.kinds)
     return [Generation(row.ids, row.confidences, row.stop, row.steps, timings) for row in rows]
 
 
@@ -420,6 +423,7 @@ def importance_of(pipeline: Pipeline, questions: list[Question], answered) -> Im
             ids = pipeline.prompt_ids(index, question, said[:index])[0]
             if len(ids) <= pipeline.model.args.max_seq_len:
                 prompts.append(ids)
+    expect(bool(prompts), "importance: every prompt is longer than the model's context")
     return measure_importance(pipeline.model, prompts)
 
 

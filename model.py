@@ -291,7 +291,8 @@ class Llama(nn.Module):
         super().__init__()
         self.args = args
         self.folder: Path | None = None  # of the checkpoint it was read from
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.dim)
+        start = torch.randn(args.vocab_size, args.dim)  # nn.Embedding's own loads torch._dynamo
+        self.embed_tokens = nn.Embedding.from_pretrained(start, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(args) for _ in range(args.n_layers))
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -332,9 +333,10 @@ class Llama(nn.Module):
         if skip is None:
             skip = torch.zeros(n_layers, 2, dtype=torch.bool)
         mask, hook = skip if isinstance(skip, Skip) else Skip(skip)
-        if tuple(mask.shape) != (n_layers, 2) or mask.dtype != torch.bool:
+        fits = mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+        if tuple(mask.shape) != (n_layers, 2) or not fits:
             found = f"{tuple(mask.shape)}, {mask.dtype}"
-            raise ValueError(f"skip: expected ({n_layers}, 2), torch.bool, found {found}")
+            raise ValueError(f"skip: expected ({n_layers}, 2), True or False, found {found}")
         x = self.embed_tokens(tokens)  # (bsz, seqlen, dim)
         for i, (layer, skipped) in enumerate(zip(self.layers, mask.tolist())):
             kv = None if cache is None else cache.layers[i]

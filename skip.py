@@ -194,7 +194,7 @@ def early_exit(setting: Setting, budget: int) -> Tensor:
 def skipdecode(setting: Setting, budget: int) -> Callable[[int], Tensor]:
     """SkipDecode (2307.02628): the number of whole layers skipped grows linearly with the step,
     from low layers up, first and last kept, so that a layer never returns. It reaches twice the
-    budget after `horizon` steps: the mean over them is the budget."""
+    budget after `horizon` steps, or all it may: the mean over them is the budget at most."""
     n_layers = setting.n_layers
 
     def skip(step: int) -> Tensor:
@@ -206,7 +206,7 @@ def skipdecode(setting: Setting, budget: int) -> Callable[[int], Tensor]:
 
 def shuffled(setting: Setting, budget: int) -> Tensor:
     """Random sub-layers, drawn once by the seed: the floor that every method must beat."""
-    order = random.Random(setting.seed).sample(setting.ranking, len(setting.ranking))
+    order = random.Random(setting.seed).sample(sorted(setting.ranking), len(setting.ranking))
     return mask_of(order[:budget], setting.n_layers)
 
 
@@ -238,14 +238,14 @@ class AdaSkip:
             similar[:, ATTENTION] = False
             self.mask = self.offline | similar
             self.rho = torch.where(similar, online.ratio, self.ratio).tolist()
-            self.probe = None
-        return Skip(self.mask, self.scale)
+        return Skip(self.mask, self.watch if step < self.window else self.scale)
+
+    def watch(self, i, layer, *given) -> Tensor:
+        """A hook of the first steps: what runs is probed, the rest scaled."""
+        return self.scale(i, partial(self.probe, i, layer), *given)
 
     def scale(self, i, layer, x, places, kv, skip_attention, skip_ffn) -> Tensor:
-        """A hook: a skipped sub-layer multiplies the residual stream by its rho; those that run
-        are probed in the first steps."""
-        if self.probe is not None:
-            layer = partial(self.probe, i, layer)
+        """A hook: a skipped sub-layer multiplies the residual stream by its rho."""
         if skip_attention:
             x = x * self.rho[i][ATTENTION]
         if not (skip_attention and skip_ffn):

@@ -183,7 +183,7 @@ def test_an_exit_that_is_asked_for_is_that_of_every_plan(tmp_path, monkeypatch, 
     def exits(*flags):
         out = tmp_path / "report.json"
         file = ["--plan", str(ROOT / "data" / "demo" / plan), "--json", str(out)]
-        compare = ["--compare", "--method", "litestage", "--limit", "1"]
+        compare = ["--compare", "--method", "litestage", "--limit", "1", "--max-new-tokens", "4"]
         monkeypatch.setattr("sys.argv", ["eval.py", *file, *compare, *flags])
         evaluation.main()
         runs = json.loads(out.read_text())["runs"]

@@ -1,7 +1,7 @@
 """Forks of the stages: the list in data/prompts.py is replaced, and nothing else.
 
-Each is a copy of the project whose list is another; every command then runs with it, on the demo's
-checkpoint, which has never seen such prompts: how it answers does not matter here.
+Each is a copy of the project whose list is another; every command then runs with it, on a model
+that has never seen such prompts: how it answers does not matter here.
 """
 
 import importlib.util
@@ -73,18 +73,24 @@ def run(folder: Path, *commands: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def small(make_checkpoint) -> Path:
+    """A model of six sub-layers, with room for the demo's questions."""
+    return make_checkpoint(max_position_embeddings=2048)
+
+
 @pytest.mark.parametrize("stages", [TWO, FOUR], ids=["two", "four"])
-def test_every_command_runs_with_other_stages(tmp_path, stages):
+def test_every_command_runs_with_other_stages(tmp_path, small, stages):
     folder = forked(tmp_path, stages)
     names = re.findall(r'Stage\("(\w+)"', stages)
     ones = ",".join("1" for _ in names)
-    few = "--max-new-tokens 8 --limit 2"
+    few = f"--model {small} --data data/demo --max-new-tokens 8 --limit 2"
     commands = [
-        f"eval {few} --json default.json",
-        f"eval {few[:-1]}1 --stage-budgets {ones} --compare --method random --json compare.json",
-        "search --max-new-tokens 8 --limit 2 --step 16 --out plan.json --epsilon 1",
+        "eval --max-new-tokens 4 --limit 1 --json default.json",  # the demo with its plan
+        f"eval {few} --stage-budgets {ones} --compare --method random --json compare.json",
+        f"search {few} --step 3 --out plan.json --epsilon 1",
         f"eval {few} --plan plan.json --json planned.json --texts texts.jsonl",
-        f"tools.sweep {few} --step 16 --json sweep.json",
+        f"tools.sweep {few} --step 3 --json sweep.json",
     ]
     if importlib.util.find_spec("matplotlib"):
         commands.append("tools.figures compare.json plan.json sweep.json --out pictures")
@@ -111,16 +117,16 @@ def test_every_command_runs_with_other_stages(tmp_path, stages):
         assert {"compare", "plan-plan", "sweep-accuracy", "sweep-tokens"} <= drawn
 
 
-def test_a_wording_that_is_changed_in_one_file_is_everybodys(tmp_path):
+def test_a_wording_that_is_changed_in_one_file_is_everybodys(tmp_path, small):
     """It evaluates, searches and trains; a plan that was found with the old one is told of."""
     stages = re.search(
         r"^STAGES = \[\n.*?^\]\n", (ROOT / "data/prompts.py").read_text(), re.M | re.S
     )
     folder = forked(tmp_path, stages[0].replace("Recall:", "Remember:"))
-    few = "--max-new-tokens 4 --limit 1"
+    few = f"--model {small} --data data/demo --max-new-tokens 4 --limit 1"
     run(
         folder,
-        f"search {few} --step 32 --out plan.json --epsilon 1",
+        f"search {few} --step 6 --out plan.json --epsilon 1",
         f"eval {few} --plan plan.json --texts texts.jsonl",
     )
     for line in (folder / "texts.jsonl").read_text().splitlines():

@@ -409,7 +409,7 @@ def mask_of(*sublayers) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_an_empty_mask_equals_no_mask(llama, dtype):
     tokens = random_tokens(2, 9)
-    assert torch.equal(llama(tokens, skip=torch.zeros(3, 2, dtype=dtype)), llama(tokens))
+    assert torch.equal(llama(tokens, skip=mask_of().to(dtype)), llama(tokens))
 
 
 @pytest.mark.parametrize("changes", [{}, KINDS["biases"]], ids=["plain", "biases"])
@@ -435,11 +435,19 @@ def test_skipping_is_the_textbooks(folder, llama, chosen):
     assert distance(llama(tokens, skip=mask), expected) < 1e-4
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(2, 2), torch.zeros(3), torch.zeros(1, 3, 2)])
+@pytest.mark.parametrize("shape", [(2, 2), (3,), (1, 3, 2)])
 @pytest.mark.parametrize("hook", [None, print])
-def test_a_mask_of_another_shape_is_refused(llama, mask, hook):
-    with pytest.raises(ValueError, match=r"skip: expected \(3, 2\), found"):
-        llama(random_tokens(1, 4), skip=Skip(mask.bool(), hook))
+def test_a_mask_of_another_shape_is_refused(llama, shape, hook):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"skip: expected \(3, 2\), True or False, found"):
+        llama(random_tokens(1, 4), skip=Skip(mask, hook))
+
+
+@pytest.mark.parametrize("number", [0.8, 2, -1])
+def test_a_mask_of_other_numbers_is_refused(llama, number):
+    mask = torch.full((3, 2), number)
+    with pytest.raises(ValueError, match=f"True or False, found .*{mask.dtype}"):
+        llama(random_tokens(1, 4), skip=mask)
 
 
 def test_skipped_sublayers_do_not_run(folder, load, monkeypatch):

@@ -1,6 +1,7 @@
 """Plan files: both formats, what is refused, and what the demo ships."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from generate import Exit
 from model import InputError
 from skip import Importance, Setting, litestage, rank
 from tools import plan as plans
-from tools.plan import check_budgets, conditions, differences, read_plan, store_setting, write_plans
+from tools.plan import (
+    check_budgets,
+    checkpoint_digests,
+    conditions,
+    differences,
+    read_plan,
+    store_setting,
+    write_plans,
+)
 
 DEMO = ROOT / "data" / "demo"
 
@@ -124,3 +133,14 @@ def test_budgets_are_one_a_stage():
     for wrong in ([1, 2], [1, 2, 7], [1, -1, 2], [1, 2, 3, 4], "111", [True, 1, 1]):
         with pytest.raises(InputError):
             check_budgets("--stage-budgets", wrong, 3)
+
+
+def test_another_setting_of_the_tokenizer_is_another_model(folder, tmp_path):
+    """add_bos_token changes every prompt, whatever tokenizer.json says."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    before = checkpoint_digests(copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    after = checkpoint_digests(copy)
+    assert {key for key in before if before[key] != after[key]} == {"tokenizer_settings"}

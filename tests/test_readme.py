@@ -1,5 +1,6 @@
 """The README tells the truth: files, commands, and the fork example."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from data.questions import parse_question
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,8 +20,30 @@ def test_everything_linked_or_shown_is_there():
         assert (ROOT / target).exists(), target
 
 
+def example_with(text: str) -> str:
+    """The one Python example of the README that holds a text."""
+    (found,) = (e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in e)
+    return found
+
+
+def test_the_notebook_example_says_what_each_stage_said_and_how_sure_it_was():
+    code = example_with("pipeline.answer")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    stages = [line.split(" ", 1)[0] for line in lines]
+    assert stages == ["recall", *["analyze"] * 4, "summarize"], done.stderr
+    assert "the answer is option" in lines[-1]
+    assert all(re.search(r" eos \[(0\.\d+|1\.0)(, (0\.\d+|1\.0))*\]$", line) for line in lines)
+
+
+def test_a_question_of_the_readme_is_one():
+    line = re.search(r"```json\n(.*?)```", README, re.DOTALL)[1]
+    question = parse_question(json.loads(line))
+    assert question.recall and question.analyses and question.answer == "A"
+
+
 def test_the_fork_example_is_short_and_runs(folder, tmp_path):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    example = example_with("def warm_up")
     assert len(example.splitlines()) < 20
     end = 'if __name__ == "__main__":'
     fork = (ROOT / "skip.py").read_text().replace(end, f"{example}\n\n{end}")

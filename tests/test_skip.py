@@ -451,3 +451,19 @@ def test_adaskip_probes_the_streams_that_are_scaled(folder, llama):
             ratio = (after.norm() / before.norm()).item()
             assert found.similarity[layer, sub].item() == pytest.approx(cosine, abs=1e-5)
             assert found.ratio[layer, sub].item() == pytest.approx(ratio, abs=1e-4)
+
+
+def test_random_sublayers_depend_on_the_seed_alone():
+    ranking = rank(torch.rand(6, 2))
+    importance = Importance(torch.zeros(6, 2), torch.ones(6, 2))
+    one = POLICIES["random"](Setting(importance, [ranking]), 4)
+    other = POLICIES["random"](Setting(importance, [ranking[::-1]]), 4)
+    assert torch.equal(one, other)
+
+
+def test_adaskips_probed_steps_are_a_kind_of_their_own():
+    ranking = rank(torch.rand(6, 2))
+    importance = Importance(torch.rand(6, 2), torch.ones(6, 2))
+    policy = POLICIES["adaskip"](Setting(importance, [ranking]), 2)
+    names = [policy(step).hook.__name__ for step in range(5)]
+    assert names == ["watch"] * 5

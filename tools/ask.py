@@ -73,6 +73,8 @@ def answer(args) -> None:
 
 def continue_text(args) -> None:
     """Continues a text as the first stage's are: it skips, and exits, only where a flag asks."""
+    shots = args.shots or args.shots_file
+    expect(not shots, "--shots: worked examples are for a question with choices, not for a text")
     asked = Asked(args.data, None, [], 0, "")
     pipeline = load_asked(args, asked)
     model = pipeline.model
@@ -88,6 +90,7 @@ def continue_text(args) -> None:
         setting = plan.setting(args.seed)
         policies = skip.POLICIES | setting.trained
         skipped = policies[args.method or "litestage"](setting, plan.budgets[0])
+        exit = plan.exit
     new = generate.generate(
         model, ids, args.max_new_tokens, tokenizer.eos_ids, skipped, exit, args.temperature
     )

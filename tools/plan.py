@@ -32,7 +32,10 @@ CODE += [f"data/{name}.py" for name in ("prompts", "questions", "tokenizer")]
 CODE += [
     f"tools/{name}.py" for name in ("clock", "fast", "losses", "plan", "report", "setup", "trials")
 ]
-CODE += [f"tools/{name}.py" for name in ("gates", "routers", "tokenwise", "trained")]
+CODE += [f"tools/{name}.py" for name in ("gates", "routers", "runs", "tokenwise", "trained")]
+
+
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass
@@ -97,6 +100,7 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
     }
     if (folder / ROUTERS).exists():
         files["routers"] = [folder / ROUTERS]
+    files["tokenizer_settings"] = [folder / name for name in TOKENIZER_SETTINGS]
     digests = {}
     for key, paths in files.items():
         digests[key] = digest_of(filter(Path.exists, paths))
@@ -153,8 +157,9 @@ def differences(plan: Plan, now: dict, tested: Path | None) -> list[str]:
             lines.append(f"found for other questions ({Path(then['data']).name})")
     elif then.get("data", now["data"]) != now["data"]:
         lines.append(f"found for other questions ({Path(then['data']).name})")
-    for key, what in (("shots", "--shots"), ("max_new_tokens", "--max-new-tokens")):
-        if then.get(key, now[key]) != now[key]:
+    named = {"shots": "--shots", "max_new_tokens": "--max-new-tokens", "dtype": "--dtype"}
+    for key, what in named.items():
+        if key in now and then.get(key, now[key]) != now[key]:
             lines.append(f"found with {what} {then[key]}, used with {now[key]}")
     for key, what in (("shots_digest", "worked examples"), ("prompts_digest", "prompts")):
         same = then.get(key, now[key]) == now[key]
@@ -210,8 +215,10 @@ def read_plan(path: Path, folder: Path, n_layers: int) -> Plan:
 
 def check_model(path: Path, stored: dict, folder: Path) -> None:
     """Raises InputError if a plan is of another checkpoint."""
-    of_plan = {"routers": "none", **stored["model"]}
-    for key, digest in checkpoint_digests(folder).items():
+    digests = checkpoint_digests(folder)
+    known = {"tokenizer_settings": digests["tokenizer_settings"]}  # earlier plans have none
+    of_plan = {"routers": "none", **known, **stored["model"]}
+    for key, digest in digests.items():
         found = of_plan[key]
         which = f"its {key} digest is {found!s:.12}, that of {folder} is {digest:.12}"
         expect(found == digest, f"{path}: a plan of another model: {which}")

@@ -51,7 +51,7 @@ def plan_runs(plans: list[Plan], args) -> list[Planned]:
     policy = args.method or "litestage"
     for plan in plans:
         setting = plan.setting(args.seed)
-        name = args.method or plan.method
+        name = plan.method if policy == "litestage" else policy
         planned.append(Planned(policy, setting, plan.budgets, plan.exit, name))
     return planned
 

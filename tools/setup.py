@@ -478,4 +478,5 @@ def conditions_of(pipeline: Pipeline, asked: Asked) -> dict:
         file = locate(asked.data, "valid")
     except InputError:
         pass
-    return conditions(asked.data, file, asked.n_shots, asked.shots, pipeline.max_new_tokens)
+    now = conditions(asked.data, file, asked.n_shots, asked.shots, pipeline.max_new_tokens)
+    return now | {"dtype": str(pipeline.model.dtype).removeprefix("torch.")}

@@ -157,12 +157,14 @@ def search_journal(args, pipeline: Pipeline, asked: Asked) -> tuple[Journal, dic
         "device": [str(model.device), args.compile, args.plain],
         "dtype": str(model.dtype),
         "threads": args.threads,
+        "ranks": rank()[1],
     }
     journal = open_journal(args.out, key)
     keep_threads(journal)
     shared = {
         "model": {"name": args.model, **digests},
         **found_with,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "split": "valid",
         "n": n,
         "stages": [stage.name for stage in STAGES],
