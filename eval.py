@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from data.questions import Question
-from generate import Exit, Pipeline, StageResult
+from generate import Draft, Exit, Pipeline, StageResult
 from skip import POLICIES, Setting
 from tools import command
 from tools.flags import METHOD_FLAGS, MODEL_FLAGS, SEARCH_FLAGS, make_parser
@@ -32,9 +32,7 @@ def wilson(right: int, n: int) -> list[float]:
     spread = Z * Z / n
     middle = (p + spread / 2) / (1 + spread)
     half = Z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
-    low = middle - half if right else 0.0
-    high = middle + half if right < n else 1.0
-    return [low, high]
+    return [middle - half if right else 0.0, middle + half if right < n else 1.0]
 
 
 def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
@@ -61,16 +59,20 @@ class Run:
     skips: list  # a skip set for each stage
     exit: Exit | None = None
     variant: str | None = None  # an ablation of LiteStage: "uniform" or "no-exit"
+    draft: list[int] | None = None  # tokens that each stage drafts
     answers: list[str | None] = field(default_factory=list)
     stages: list[list[StageResult]] = field(default_factory=list)  # all stages of each question
 
 
-def make_run(policy: str, setting: Setting, budgets: list[int], exit=None, name="", variant=None):
+def make_run(
+    policy: str, setting: Setting, budgets: list[int], exit=None, name="", variant=None, draft=None
+) -> Run:
     """A run of a policy, by another name if it is given one."""
     skips = []
     for stage, budget in enumerate(budgets):
-        skips.append((POLICIES | setting.trained)[policy](setting.at(stage), budget))
-    return Run(name or policy, budgets, skips, exit, variant)
+        skip = (POLICIES | setting.trained)[policy](setting.at(stage), budget)
+        skips.append(Draft(skip, draft[stage]) if draft and draft[stage] else skip)
+    return Run(name or policy, budgets, skips, exit, variant, draft)
 
 
 def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], batch=1, kept=None):
@@ -120,7 +122,7 @@ def describe(run: Run, full: Run, questions: list[Question]) -> dict:
         "accuracy_delta": (sum(right) - sum(base)) / n,
         "accuracy_delta_ci95": paired(base, right),
     }
-    return make_entry(run, numbers)
+    return make_entry(run, full, numbers)
 
 
 def main() -> None:

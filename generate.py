@@ -1,8 +1,7 @@
 """Generation: prefill, decoding under a skip set, the confidence exit, the stages of a question.
 
-Prefill runs all layers, decoding skips. A question is answered in stages (TinyThinker, Piao and
-Park 2024): recall general knowledge, analyze each option, summarize into an answer; the prompt of
-each stage holds everything that was generated before.
+A question is answered in stages (TinyThinker, Piao and Park 2024): recall general knowledge,
+analyze each option, summarize; a stage's prompt holds everything that was generated before.
 
     python generate.py "Which one contains alcohol?" wrench lemonade milk wine
 """
@@ -14,7 +13,6 @@ import time
 from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import cycle
 from statistics import median
 from typing import NamedTuple
 
@@ -31,18 +29,14 @@ Group = tuple[KVCache, list[list[int]]]  # prompts that share a cache of one row
 
 
 class Exit(NamedTuple):
-    """Generation early exit (LiteStage): when the mean of the last `window` confidences, each a
-    token's largest softmax probability (the figure says max(token logit), which means something
-    else for every model), is at or below `threshold`, the end takes the place of the last token."""
-
+    """Generation early exit (LiteStage): when the mean of the last `window` confidences is at or
+    below `threshold`, the end takes the place of the last token."""
     window: int = 5
     threshold: float = 0.5
 
 
 class Until(NamedTuple):
-    """When a text ends: at an end token, which is not part of it, or one of last_ids, which is; at
-    so many tokens; when the exit says so."""
-
+    """When a text ends: before an end token, after one of last_ids, or when the exit says so."""
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()
     last_ids: frozenset[int] = frozenset()
@@ -50,13 +44,11 @@ class Until(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """What a batch cost: seconds of the prefill up to the first token, and of each step after; how
-    many sub-layers each step skips, [attention, FFN]."""
-
+    """What a batch cost: seconds of the prefill up to the first token, and of each step after."""
     prefill_s: float
     step_s: list[float]
-    skips: list[list[float]]
-    kinds: list[str] = []  # what else steps differ in: how many rows, which hook
+    skips: list[list[float]]  # how many sub-layers each step leaves out, [attention, FFN]
+    kinds: list[str]  # what else steps differ in: how many rows, which hook, draft or verify
 
     @property
     def skipped(self) -> float:
@@ -65,10 +57,9 @@ class Timings(NamedTuple):
 
     @property
     def decode_s(self) -> float:
-        """Count x median time of each kind of step, summed: one step that the system preempted does
-        not count. Steps of one kind skip as many sub-layers."""
+        """Count x median of each kind of step, summed: one that was preempted does not count."""
         by_kind: dict[tuple, list[float]] = {}
-        for kind, skipped, seconds in zip(cycle(self.kinds or [""]), self.skips, self.step_s):
+        for kind, skipped, seconds in zip(self.kinds, self.skips, self.step_s):
             by_kind.setdefault((kind, sum(skipped)), []).append(seconds)
         return sum(len(steps) * median(steps) for steps in by_kind.values())
 
@@ -78,14 +69,14 @@ class Timings(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """What one row generated: ids, the confidence of each; why it stopped: eos, confidence, length
-    or context; its decoding steps, none for the first token; the time of its whole batch."""
-
+    """What one row generated."""
     ids: list[int]
-    confidences: list[float]
-    stop: str
-    steps: int
-    timings: Timings
+    confidences: list[float]  # of each
+    stop: str  # eos, confidence, length or context
+    steps: int  # of decoding, or rounds of drafts; none for the first token
+    timings: Timings  # of its whole batch
+    accepted: int = 0  # of the tokens that it drafted
+
 
 def common_prefix(texts: list[list[int]]) -> int:
     """How many tokens all texts begin with: ABCD, ABE -> 2."""
@@ -140,75 +131,116 @@ def prefill(model: Llama, groups: list[Group], room: int, skip=None):
         row += len(slots)
     return batch, longest, torch.cat(all_logits)
 
-Picked = list[tuple[int, float]]  # a token and its confidence, for each row
+class Draft(NamedTuple):
+    """A skip set that only drafts, `count` tokens a round; see `Stepper.draft_and_verify`."""
+    skip: Tensor
+    count: int
+
+
+Said = list[list[tuple[int, float]]]  # for each row what comes next: tokens, their confidences
 
 
 def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The next token of each row of logits (bsz, vocab), and its confidence: both (bsz,)."""
+    """The tokens that logits (bsz, seqlen, vocab) choose, and their confidences: (bsz, seqlen). A
+    confidence is the largest softmax probability; the figure's max(token logit) means something
+    else for every model."""
     confidences, tokens = logits.softmax(-1, dtype=torch.float32).max(-1)
     if temperature > 0.01:  # less is greedy
-        tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+        flat = (logits[:, -1].float() / temperature).softmax(-1)
+        tokens = torch.multinomial(flat, 1)
     return tokens, confidences
 
 
-def read(tokens: Tensor, confidences: Tensor) -> Picked:
+def read(tokens: Tensor, confidences: Tensor) -> Said:
     """The same as numbers: one small read, the one time that a step waits for a GPU."""
     ids, values = torch.stack((tokens, confidences)).tolist()  # float32 holds ids below 2^24
-    return [(int(i), value) for i, value in zip(ids, values)]
+    return [list(zip(map(int, row), sure)) for row, sure in zip(ids, values)]
 
 
 class Stepper:
-    """Decodes a batch, and times it: `start` prefills, every `step` gives each row its next token.
-    tools/fast.py has one that replays recorded steps on a GPU."""
+    """Decodes a batch, and times it; tools/fast.py has one that replays steps on a GPU."""
 
     def __init__(self, model: Llama, temperature: float = 0.0):
         self.model, self.temperature = model, temperature
 
-    def prepare(self, groups: list[Group], room: int, skip) -> None:
-        """Called before the clock starts: what will be prefilled, and what steps will skip."""
-        self.prefill_s, self.step_s, self.skips, self.kinds = 0.0, [], [], []  # see Timings
-        self.in_prefill = getattr(skip, "prefill", None)
-
-    def start(self, groups: list[Group], room: int) -> Picked:
-        """Runs all layers on all prompts: the first token of every row."""
+    def start(self, groups: list[Group], room: int, skip) -> Said:
+        """Runs all layers on all prompts: the first token of every row. skip: as in `generate`."""
+        self.step_s, self.skips, self.kinds = [], [], []  # see Timings
         began = time.perf_counter()
-        self.cache, self.pos, logits = prefill(self.model, groups, room, self.in_prefill)
-        self.tokens, confidences = pick(logits, self.temperature)
-        self.load()
-        picked = read(self.tokens, confidences)
+        in_prefill = getattr(skip, "prefill", None)
+        self.cache, self.pos, logits = prefill(self.model, groups, room, in_prefill)
+        self.tokens, confidences = pick(logits[:, None], self.temperature)  # (bsz, 1)
+        said = read(self.tokens, confidences)
         self.prefill_s = time.perf_counter() - began
-        return picked
+        return said
 
-    def step(self, skip, rows: list[int]) -> Picked:
-        """Goes on with these rows, under a skip set: the next token of each."""
-        began = time.perf_counter()
+    def step(self, skip, rows: list[int]) -> Said:
+        """Goes on with these rows, under a skip set."""
+        self.began = time.perf_counter()
         self.keep(rows)
-        picked = self.advance(skip)
-        self.step_s.append(time.perf_counter() - began)
-        self.skips.append(count_skipped(skip))
-        self.kinds.append(f"{len(rows)} {getattr(getattr(skip, 'hook', None), '__name__', '')}")
-        return picked
+        if isinstance(skip, Draft):
+            return self.draft_and_verify(*skip)
+        said = self.advance(skip)
+        self.clock(skip, getattr(getattr(skip, "hook", None), "__name__", ""))
+        return said
 
-    def load(self) -> None:
-        """Called when the first tokens are picked."""
+    def clock(self, skip, kind: str) -> None:
+        """A step ends here, and the next one begins."""
+        now = time.perf_counter()
+        self.step_s.append(now - self.began)
+        self.skips.append(count_skipped(skip))
+        self.kinds.append(f"{len(self.tokens)} {kind}")
+        self.began = now
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
         if len(rows) < len(self.tokens):
             self.tokens = self.tokens[rows]
             self.cache.keep(rows)
+            if torch.is_tensor(self.pos):
+                self.pos = self.pos[rows]
 
-    def advance(self, skip) -> Picked:
+    def advance(self, skip) -> Said:
         """Runs one token of every row."""
-        logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
+        logits = self.model(self.tokens, self.cache, self.pos, skip)
         self.tokens, confidences = pick(logits, self.temperature)
         self.pos += 1
         return read(self.tokens, confidences)
 
+    def draft_and_verify(self, skip: Tensor, count: int) -> Said:
+        """One round of lossless decoding: every row goes on as the full model would. (Ours, after
+        Draft & Verify, 2309.08168, and LayerSkip, 2404.16710.)
+
+          draft   `count` tokens, one by one, under the skip set
+          verify  the last token and the drafts, in one forward of all layers, which also writes
+                  their slots of the cache anew
+          accept  the drafts up to the first that is not the full model's, then its own token
+        """
+        if len(self.tokens) > 1 and not torch.is_tensor(self.pos):
+            self.cache.fill(self.pos)  # rows will differ, and a NaN would get through their mask
+            self.pos = torch.full_like(self.tokens[:, 0], self.pos)
+        window = self.tokens  # (bsz, 1), (bsz, 2), .. (bsz, count + 1)
+        for ahead in range(count):
+            logits = self.model(window[:, -1:], self.cache, self.pos + ahead, skip)
+            window = torch.cat((window, pick(logits)[0]), 1)
+            self.clock(skip, "draft")
+        tokens, confidences = pick(self.model(window, self.cache, self.pos))  # the full model's
+        same = tokens[:, :-1] == window[:, 1:]  # (bsz, count)
+        accepted = same.cumprod(1).sum(1, keepdim=True)  # (bsz, 1)
+        self.tokens = tokens.gather(1, accepted)
+        picked = read(tokens, confidences)
+        said = [row[: n + 1] for row, n in zip(picked, accepted[:, 0].tolist())]
+        if torch.is_tensor(self.pos):
+            self.pos = self.pos + accepted[:, 0] + 1
+        else:
+            self.cache.tokens += window[0, : len(said[0])].tolist()  # as if they were prefilled
+            self.pos += len(said[0])
+        self.clock(None, "verify")
+        return said
+
 
 def count_skipped(skip) -> list[float]:
-    """How many sub-layers a step has left out, [attention, FFN]; a hook that decides by itself
-    counts them in its `skipped`."""
+    """How many [attention, FFN] a step left out; a hook that decides itself has its `skipped`."""
     if skip is None:
         return [0.0, 0.0]
     mask, hook = skip if isinstance(skip, Skip) else Skip(skip)
@@ -223,11 +255,19 @@ class Row:
         self.until = until
         self.ids, self.confidences = [], []
         self.steps = 0  # of decoding, none for the first token
+        self.accepted = 0  # of the tokens that it drafted
         self.stop = None if 0 < length <= context else "context"
         self.recent = deque(maxlen=until.exit.window if until.exit else 1)
 
-    def take(self, token: int, confidence: float) -> None:
-        """Takes the next token, or the end in its place, and decides whether the row goes on."""
+    def take(self, said: list[tuple[int, float]]) -> None:
+        """Takes what comes next, token by token, while the row goes on."""
+        self.accepted += len(said) - 1
+        for token, confidence in said:
+            if self.stop is None:
+                self.take_one(token, confidence)
+
+    def take_one(self, token: int, confidence: float) -> None:
+        """Takes a token, or the end in its place, and decides whether the row goes on."""
         expect(not math.isnan(confidence), "the logits are NaN: try --dtype float32")
         self.recent.append(confidence)
         window, threshold = self.until.exit or (0, 0.0)
@@ -248,10 +288,8 @@ class Row:
 
 @torch.inference_mode()
 def generate_batch(stepper: Stepper, groups: list[Group], until: Until, skip=None):
-    """Continues all prompts of all groups together: a Generation for each, in their order.
-
-    skip: see `generate`; its attribute `prefill`, if it has one, is a `Skip` for the prefill.
-    """
+    """Continues all prompts of all groups together: a Generation for each, in their order. skip: as
+    in `generate`, or a `Draft`; what has an attribute `prefill`, a `Skip`, prefills under that."""
     if until.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected 1 or more, found {until.max_new_tokens}")
     context = stepper.model.args.max_seq_len
@@ -261,38 +299,39 @@ def generate_batch(stepper: Stepper, groups: list[Group], until: Until, skip=Non
     for cache, prompts in groups:
         short = [prompt for prompt in prompts if 0 < len(prompt) <= context]
         fitting += [(cache, short)] if short else []
-    room = min(until.max_new_tokens, context)
-    stepper.prepare(fitting, room, skip)
+    room = min(until.max_new_tokens, context) + getattr(skip, "count", 0)  # a draft's
+    timings = Timings(0.0, [], [], [])
     if active:
-        picked = stepper.start(fitting, room)
-    step = 0
+        said = stepper.start(fitting, room, skip)
+        timings = Timings(stepper.prefill_s, stepper.step_s, stepper.skips, stepper.kinds)
     while active:
-        for row, (token, confidence) in zip(active, picked):
-            row.take(token, confidence)
+        for row, its in zip(active, said):
+            row.take(its)
         going = [i for i, row in enumerate(active) if row.stop is None]
         active = [active[i] for i in going]
         if active:
-            picked = stepper.step(skip(step) if callable(skip) else skip, going)
-        step += 1
+            said = stepper.step(skip(active[0].steps) if callable(skip) else skip, going)
         for row in active:
-            row.steps = step
-    timings = Timings(stepper.prefill_s, stepper.step_s, stepper.skips, stepper.kinds)
-    return [Generation(row.ids, row.confidences, row.stop, row.steps, timings) for row in rows]
+            row.steps += 1
+    return [Generation(r.ids, r.confidences, r.stop, r.steps, timings, r.accepted) for r in rows]
 
 
 def generate(
-    model, prompt_ids, max_new_tokens: int, eos_id=None, skip=None, exit=None, temperature=0.0
+    model, prompt_ids, max_new_tokens, eos_id=None, skip=None, exit=None, temperature=0.0, draft=0
 ) -> Generation:
     """Continues the token ids of one prompt: prefill with all layers, decode under `skip`.
 
     eos_id: the token, or tokens, that end the text (not part of ids). skip: (n_layers, 2) bool mask
     or `model.Skip`, or a function of the decoding step that gives one. exit: (window, threshold) of
-    the confidence exit, None for none. temperature: 0 is greedy. The stop is "eos", "confidence",
-    "length" (max_new_tokens reached) or "context" (it is full, or the prompt does not fit: ids is
-    then empty). Raises ValueError if max_new_tokens is below 1.
+    the confidence exit, None for none. temperature: 0 is greedy. draft: the skip set only drafts so
+    many tokens a round, and the text is the full model's. The stop is "eos", "confidence", "length"
+    (max_new_tokens reached) or "context" (it is full, or the prompt does not fit: ids is then
+    empty). Raises ValueError if max_new_tokens is below 1, or for drafts that are not greedy.
     """
-    eos_ids = () if eos_id is None else eos_id
-    eos_ids = {eos_id} if isinstance(eos_id, int) else eos_ids
+    if draft and temperature > 0:
+        raise ValueError("draft: expected a temperature of 0")
+    skip = Draft(skip, draft) if draft else skip
+    eos_ids = {eos_id} if isinstance(eos_id, int) else eos_id or ()
     until = Until(max_new_tokens, frozenset(eos_ids), exit=exit and Exit(*exit))
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
     return generate_batch(Stepper(model, temperature), [group], until, skip)[0]
@@ -303,14 +342,13 @@ def generate(
 
 @dataclass
 class StageResult:
-    """One stage of one question: its prompts, what each was continued with (one text, or one for
-    each option), the texts as later prompts quote them, the time of the stage."""
+    """One stage of one question."""
 
     name: str
-    prompts: list[str]
-    prompt_tokens: int  # of the longest prompt
-    rows: list[Generation]
-    texts: list[str]
+    prompts: list[str]  # one, or one for each option
+    prompt_tokens: int  # of the longest
+    rows: list[Generation]  # what each prompt was continued with
+    texts: list[str]  # the same as later prompts quote it
     timings: Timings
 
     def __post_init__(self):
@@ -325,17 +363,13 @@ class StageResult:
 
 @dataclass
 class Pipeline:
-    """A model that answers questions in stages.
-
-    shots: worked examples put before each prompt; each of their texts ends at a newline, and so
-    generated texts end there, too. stepper: decodes; a plain one unless given.
-    """
+    """A model that answers questions in stages."""
 
     model: Llama
     tokenizer: Tokenizer
     max_new_tokens: int = 64
-    shots: str = ""
-    stepper: Stepper | None = None
+    shots: str = ""  # before each prompt; each of their texts ends at a newline, as generated ones
+    stepper: Stepper | None = None  # a plain one unless given
 
     @torch.inference_mode()
     def __post_init__(self):
@@ -364,11 +398,9 @@ class Pipeline:
         return [self.tokenizer.encode(prompt) for prompt in self.prompts(index, question, said)]
 
     def run_stage(self, index, questions, said, caches, skip=None, exit=None) -> list[StageResult]:
-        """Generates stage `index` of questions side by side, under a skip set; see `answer`.
-
-        said: for each question the texts of the stages before. caches: of one row, one for each
-        question; their prefix is reused. All texts of the stage are decoded as one batch.
-        """
+        """Generates stage `index` of questions side by side, all their texts in one batch; see
+        `answer`. said: for each question the texts of the stages before. caches: one for each
+        question, of one row; their prefix is reused."""
         groups = []
         for question, texts, cache in zip(questions, said, caches):
             groups.append((cache, self.prompt_ids(index, question, texts)))
@@ -376,6 +408,7 @@ class Pipeline:
         until = Until(self.max_new_tokens, frozenset(self.tokenizer.eos_ids), last_ids, exit)
         rows = generate_batch(self.stepper, groups, until, skip)
         timings = rows[0].timings.share(len(questions))
+        name = STAGES[index].name
         results = []
         for question, before, (_, ids) in zip(questions, said, groups):
             mine, rows = rows[: len(ids)], rows[len(ids) :]
@@ -384,18 +417,15 @@ class Pipeline:
                 texts = [text.split("\n")[0] for text in texts]
             texts = [quote(index, text) for text in texts]
             prompts = self.prompts(index, question, before)
-            longest = max(len(prompt) for prompt in ids)
-            results.append(
-                StageResult(STAGES[index].name, prompts, longest, mine, texts, timings)
-            )
+            results.append(StageResult(name, prompts, max(map(len, ids)), mine, texts, timings))
         return results
 
     def answer(self, questions: list[Question], skips=None, exit=None, caches=None):
         """Answers questions side by side: [(label or None, StageResult of every stage)].
 
-        skips: a skip set for each stage, as `generate` takes it; None skips nothing. exit: (window,
-        threshold) or None. caches: from `new_caches`, to reuse what they hold. A batch's time is
-        shared out evenly. Raises ValueError if there is not one skip set for each stage.
+        skips: a skip set for each stage, as `generate` takes it, or a `Draft`; None: none. exit:
+        (window, threshold) or None. caches: from `new_caches`, to reuse what they hold. A batch's
+        time is shared out evenly. Raises ValueError unless there is a skip set for each stage.
         """
         skips = [None] * len(STAGES) if skips is None else skips
         if len(skips) != len(STAGES):
@@ -408,14 +438,12 @@ class Pipeline:
             results = self.run_stage(index, questions, said, caches, skip, exit)
             for stages, result in zip(done, results):
                 stages.append(result)
-        ends = [stages[-1].texts[0] for stages in done]
-        labels = [find_answer(text, q.labels) for text, q in zip(ends, questions)]
+        labels = [find_answer(stages[-1].texts[0], q.labels) for stages, q in zip(done, questions)]
         return list(zip(labels, done))
 
 
 def importance_of(pipeline: Pipeline, questions: list[Question], answered) -> Importance:
-    """Importance over the questions' prompts in all stages; answered: for each its stages' results,
-    written by the full model."""
+    """Importance over the prompts of all stages; answered: each question's results, unskipped."""
     prompts = []
     for question, stages in zip(questions, answered):
         said = [stage.texts for stage in stages]

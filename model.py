@@ -147,7 +147,7 @@ def read_number(config: dict, name: str, key: str, kind: type, most, default=Non
     return kind(value)
 
 class Places(NamedTuple):
-    """Where the tokens of one forward stand, and what each of them may attend to."""
+    """Where the tokens of one forward stand, and what each may attend to."""
 
     slots: slice | Tensor  # of the cache, to write to; (bsz, seqlen) if rows differ
     end: int  # slots 0 .. end - 1 of the cache are read
@@ -239,12 +239,11 @@ class Skip(NamedTuple):
 class KVCache:
     """Keys and values of up to `max_len` tokens for each of `bsz` rows.
 
-    layers: for each decoder layer a tensor (bsz, 2 * n_kv_heads, max_len, head_dim), the keys'
-        heads first. A skipped attention writes nothing: its slots are holes.
+    layers: (bsz, 2 * n_kv_heads, max_len, head_dim) for each decoder layer, the keys' heads first.
+        A skipped attention writes nothing: its slots are holes.
     pad: rows of different length are right-aligned; row b's first pad[b] slots belong to no token
         of it and are not attended to, and its positions count from there.
-    tokens: the ids whose slots, from 0, every layer has written in a prefill. Only these may be
-        reused by a later stage.
+    tokens: the ids whose slots, from 0, all layers have written: a later stage may reuse these.
     """
 
     def __init__(self, model: "Llama", bsz: int, max_len: int, pad: list[int] | None = None):
@@ -261,8 +260,12 @@ class KVCache:
         """Only the tokens before `start` stay; in debug mode reading the others shows at once."""
         self.tokens = self.tokens[:start]
         if DEBUG:
-            for kv in self.layers:
-                kv[:, :, start:] = math.nan
+            self.fill(start, math.nan)
+
+    def fill(self, start: int, value: float = 0.0) -> None:
+        """Fills all slots from `start` on."""
+        for kv in self.layers:
+            kv[:, :, start:] = value
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
@@ -401,11 +404,9 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None) -> "Llama":
-        """Loads a Hugging Face checkpoint folder: config.json and safetensors, nothing else.
-
-        dtype: what to compute in; None is what is stored. Raises InputError, before anything is
-        allocated, when the files do not hold exactly the tensors that config.json asks for.
-        """
+        """Loads a Hugging Face checkpoint, config.json and safetensors. dtype: to compute in, None:
+        as stored. Raises InputError, before anything is allocated, when the files do not hold
+        exactly the tensors that config.json asks for."""
         folder = Path(path)
         args = ModelArgs.from_config(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
@@ -443,17 +444,15 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a folder, each with the tensors that the index wants of it.
-
-    As in transformers, model.safetensors wins over an index; its list is empty: all of it counts.
-    """
+    """The safetensors files of a folder, each with the tensors that the index wants of it. As in
+    transformers, model.safetensors wins over an index; its list is empty: all of it counts."""
     index = folder / INDEX
     single = folder / "model.safetensors"
     if single.exists() or not index.exists():
         return {single: []}
     weight_map = read_json(index).get("weight_map")
-    whole = isinstance(weight_map, dict) and weight_map
-    expect(whole, f"{index}: missing key 'weight_map', the shard of every tensor")
+    found = isinstance(weight_map, dict) and weight_map
+    expect(found, f"{index}: missing key 'weight_map', the shard of every tensor")
     files: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         inside = isinstance(file, str) and Path(file).name == file
@@ -464,23 +463,18 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
 
 def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[str, tuple]:
     """{name: (file, a key of STORED)} of exactly the wanted names and shapes. Raises InputError."""
-    files = weight_files(folder)
-    indexed = {name for names in files.values() for name in names}
+    known = wanted | {HEAD: wanted[EMBED]} if tied else wanted  # fine if it equals the embedding
     found = {}
-    for file, names in files.items():
+    for file, names in weight_files(folder).items():
         header = read_header(file)
-        for name in names:
+        for name in names or header:
             expect(name in header, f"{file}: '{name}' is not in this shard, where the index has it")
-        for name, (stored, shape) in header.items():
-            if name in indexed and name not in names:
-                continue  # a copy: the index has it in another shard
+            stored, shape = header[name]
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store it; it is computed
                 continue
             expect(stored in STORED, f"{file}: '{name}' is {stored}, expected {', '.join(STORED)}")
-            redundant = tied and name == HEAD  # fine if it equals the embedding
-            known = redundant or name in wanted
-            expect(known, f"{file}: unexpected tensor '{name}' for this config.json")
-            asked = tuple(wanted[EMBED if redundant else name].shape)
+            expect(name in known, f"{file}: unexpected tensor '{name}' for this config.json")
+            asked = tuple(known[name].shape)
             shapes = f"is {list(shape)}, config.json asks for {list(asked)}"
             expect(shape == asked, f"{file}: the shape of '{name}' {shapes}")
             found[name] = (file, stored)
@@ -496,7 +490,7 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
 
 def read_tensor(file: Path, name: str, check: bool = True) -> Tensor:
     """One tensor, mapped: the file is opened anew, so that pages mapped before go back to the
-    system and, unless it is checked, none is read before it is used."""
+    system; unless it is checked, none is read before it is used."""
     with safe_open(file, "pt") as f:
         tensor = f.get_tensor(name)
     finite = not check or all(torch.isfinite(end) for end in tensor.aminmax())

@@ -14,7 +14,6 @@ Every finished trial is in a journal beside the plan: a killed search goes on wh
 
 import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch loads)
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
@@ -27,39 +26,38 @@ from data.questions import Question
 from eval import wilson
 from generate import Pipeline, importance_of
 from skip import Setting, rank
-from tools.clock import prefilled_tokens, relative_noise, step_times, token_times
+from tools.clock import prefilled_tokens, relative_noise, step_seconds, step_times, token_times
 from tools.command import run
+from tools.drafts import find_drafts
 from tools.journal import Journal
 from tools.losses import rank_stages
 from tools.plan import read_setting, store_setting
 from tools.progress import progress
 from tools.ranks import timer
+from tools.refine import refine
 from tools.setup import IMPORTANCE_QUESTIONS, answer_all, note, say_if_chance
 from tools.tables import print_full, print_scan
 from tools.trials import Answers, Session
 
 THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
 FIRST = 0.5  # the one of them with which the stages are scanned
-ROUNDS = 15  # of timing steps, at most
-PER_ROUND = 20  # answers of a scan that make a round of them worth its time
+ROUNDS = 15  # of timing steps, at most: one for 20 answers of a scan
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 GPU_BATCH = 100  # the same where a step of many takes about as long as one of few
 
 
 class Point(NamedTuple):
-    """What is searched: a budget for each stage, and the exit's threshold, 0 for no exit.
+    """What is searched. A *trial* is what came of it, a dict as plan and journal keep it: the point,
+    accuracy, accuracy_ci95, latency_s, stage_s, tokens, exit_rate, abandoned. An abandoned one
+    stopped when the target was out of reach: its accuracy is an upper bound."""
 
-    A *trial* is what came of it on the validation questions, a dict as plan and journal keep it:
-    budgets, threshold, accuracy, accuracy_ci95, latency_s, stage_s, tokens, exit_rate, abandoned.
-    An abandoned one stopped when the target was out of reach: its accuracy is an upper bound.
-    """
-
-    budgets: tuple[int, ...]
-    threshold: float = 0.0
+    budgets: tuple[int, ...]  # one for each stage
+    threshold: float = 0.0  # of the exit; 0: none
+    draft: tuple[int, ...] | None = None  # tokens that each stage drafts; None: none does
 
     def at(self, stage: int, budget: int) -> "Point":
         """The same with another budget in one stage."""
-        return Point((*self.budgets[:stage], budget, *self.budgets[stage + 1 :]), self.threshold)
+        return self._replace(budgets=(*self.budgets[:stage], budget, *self.budgets[stage + 1 :]))
 
 def meets(trial: dict, target: float) -> bool:
     """Whether a trial ran to its end and is accurate enough."""
@@ -126,43 +124,22 @@ class Search:
             point = self.scan("exit", thresholds, candidates, best_exit, self.noise)
         return point
 
-    def refine(self, start: Point, budgets: list[int], time_left: Callable[[], bool]) -> Point:
-        """Ours: tries all points one budget off in any of the stages, so that one stage may give
-        what another takes, and goes to the best of them, until that is none or time is up."""
-        began = self.evaluate(start, 0.0)
-        now = began
-        while time_left():
-            near = []
-            for budget in now["budgets"]:
-                i = budgets.index(budget)
-                near.append(budgets[max(i - 1, 0) : i + 2])
-            trials = [now]
-            for tried in itertools.product(*near):
-                if time_left():
-                    trials.append(self.trial("refine", Point(tried, start.threshold)))
-            chosen = best(trials, self.target)
-            if chosen is None or chosen["budgets"] == now["budgets"]:
-                break
-            now = chosen
-        gain = began["latency_s"] / now["latency_s"]
-        print(f"\nrefined from {start.budgets} to {tuple(now['budgets'])}: {gain:.3f}x faster")
-        return Point(tuple(now["budgets"]), start.threshold)
-
 
 def run_trial(answers: Answers, measured: dict, point: Point, target: float) -> dict:
-    """Tries a point on the questions of `answers`, some more each time. It is abandoned the moment
-    the target is out of reach even if all remaining questions were right."""
+    """Tries a point on the questions of `answers`, some more each time, until the target is out of
+    reach even if all remaining questions were right."""
     n = len(answers.questions)
     for done in answers.growing(*point):
         right = answers.count_right(done)
         accuracy = (right + n - len(done)) / n
         if accuracy < target - 1e-9:
             break
-    stage_s = latency(measured, point.budgets, done, answers.pipeline.shared_tokens)
+    stage_s = latency(measured, point, done, answers.pipeline.shared_tokens)
     stops = [stop for stages in done for stage in stages for stop in stage.stops]
     return {
         "budgets": list(point.budgets),
         "threshold": point.threshold,
+        "draft": point.draft and list(point.draft),
         "accuracy": accuracy,
         "accuracy_ci95": wilson(right, n) if len(done) == n else None,
         "latency_s": sum(stage_s),
@@ -173,15 +150,16 @@ def run_trial(answers: Answers, measured: dict, point: Point, target: float) -> 
     }
 
 
-def latency(measured: dict, budgets: Sequence[int], done: list, shared: int) -> list[float]:
+def latency(measured: dict, point: Point, done: list, shared: int) -> list[float]:
     """Seconds of each stage of a question: its new prompt tokens and its steps, each at the seconds
     that were measured up front. done, shared: see `prefilled_tokens`, for each question."""
     seconds = []
-    for i, budget in enumerate(budgets):
+    for i in range(len(point.budgets)):
         tokens = mean(prefilled_tokens(stages, shared)[i] for stages in done)
         steps = mean(stages[i].steps for stages in done)
-        seconds.append(tokens * measured["token_s"][i] + steps * measured["step_s"][i][budget])
+        seconds.append(tokens * measured["token_s"][i] + steps * step_seconds(measured, point, i))
     return seconds
+
 
 def rank_sublayers(pipeline: Pipeline, questions: list[Question], args, journal: Journal) -> dict:
     """The rankings, as the journal keeps them; what the full model said meanwhile, and the seconds
@@ -198,8 +176,8 @@ def rank_sublayers(pipeline: Pipeline, questions: list[Question], args, journal:
 
 
 def measure(pipeline: Pipeline, questions: list[Question], args, rounds: int, journal) -> dict:
-    """Step 1: rankings, seconds per decoding step of every stage and budget and per prefilled token
-    of every stage, and how noisy these times are; journaled as it goes."""
+    """Step 1: rankings, seconds of a decoding step for every stage and budget and of a prefilled
+    token for every stage, and how noisy these times are; journaled."""
     few = questions[:IMPORTANCE_QUESTIONS]
     ranked = dict(journal.once("ranked", rank_sublayers, pipeline, few, args, journal))
     said = ranked.pop("said")
@@ -214,10 +192,13 @@ def measure(pipeline: Pipeline, questions: list[Question], args, rounds: int, jo
 def find_plan(search: Search, order: list[int], args) -> dict:
     """Searches as the flags ask; the chosen trial, which ran to its end."""
     budgets = list(range(0, args.max_budget + 1, args.step))
+    if args.draft:
+        start = Point((0,) * len(STAGES), args.exit_threshold or 0.0, (0,) * len(STAGES))
+        return search.evaluate(find_drafts(search, start, order, budgets, args.draft), 0.0)
     thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
     point = search.greedy(order, budgets, thresholds)
     if args.refine:
-        point = search.refine(point, budgets, timer(60 * args.refine))
+        point = refine(search, best, point, budgets, timer(60 * args.refine))
     chosen = search.evaluate(point, 0.0)
     if not meets(chosen, search.target):
         note(f"with the exit at {point.threshold} not even budgets of 0 meet the target")
@@ -227,15 +208,13 @@ def find_plan(search: Search, order: list[int], args) -> dict:
 def main() -> None:
     session = Session(__doc__)
     args = session.args
-    questions = session.questions
-    enough = len(questions) * (args.max_budget // args.step + 1) // PER_ROUND
-    rounds = min(ROUNDS, max(3, enough))
-    measured = session.measured(measure, rounds)
+    enough = max(3, len(session.questions) * (args.max_budget // args.step + 1) // 20)
+    measured = session.measured(measure, min(ROUNDS, enough))
     evaluate = session.trials(run_trial, measured, BATCH, GPU_BATCH)
     full = evaluate(Point((0,) * len(STAGES)), 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])
     print_full(full, order, measured["noise"])
-    say_if_chance(full["accuracy_ci95"], questions)
+    say_if_chance(full["accuracy_ci95"], session.questions)
     for epsilon in sorted(args.epsilon, reverse=True):
         # the loosest first: what it abandons could not have met a stricter target either
         search = Search(evaluate, full["accuracy"] - epsilon, measured["noise"])

@@ -38,19 +38,19 @@ def whole_layers(layers: Iterable[int], n_layers: int) -> Tensor:
     return mask_of([(layer, sub) for layer in layers for sub in (ATTENTION, FFN)], n_layers)
 
 class Importance(NamedTuple):
-    """What is known of the sub-layers, each (n_layers, 2): mean similarity and mean norm ratio."""
+    """What is known of the sub-layers; see `ImportanceProbe`."""
 
-    similarity: Tensor
-    ratio: Tensor
+    similarity: Tensor  # (n_layers, 2), mean
+    ratio: Tensor  # the same, of norms
 
 
 class ImportanceProbe:
     """A hook for `model.Skip`: how much every sub-layer changes the residual stream.
 
-    similarity(MHSA) = cos(x1, x2), similarity(FFN) = cos(x2, x3), with x1 the residual stream
-    before a layer's attention norm, x2 after attention is added, x3 after the FFN is added; ratio
-    is the norm after by the norm before (AdaSkip's rho). Both in float32, averaged over the tokens
-    of a forward and over forwards; 0 where a sub-layer never ran. (LiteStage, overview figure.)
+    similarity(MHSA) = cos(x1, x2), similarity(FFN) = cos(x2, x3): x1 is the residual stream before
+    a layer's attention norm, x2 after attention is added, x3 after the FFN is. ratio: the norm
+    after by the norm before (AdaSkip's rho). In float32, averaged over the tokens of a forward,
+    then over forwards; 0 where a sub-layer never ran. (LiteStage, overview figure.)
     """
 
     def __init__(self, n_layers: int):
@@ -83,12 +83,9 @@ class ImportanceProbe:
 
 @torch.inference_mode()
 def measure_importance(model: Llama, prompts: Iterable[list[int]]) -> Importance:
-    """Layer importance, step 1 of LiteStage's offline phase.
-
-    prompts: the token ids of every validation question's prompts in all stages (question;
-    question + recall; question + recall + analysis), which are prefilled by all layers. The
-    similarities of all prefills are accumulated: we give the mean, which ranks the same.
-    """
+    """Layer importance, step 1 of LiteStage's offline phase: all layers prefill the prompts (token
+    ids) of every validation question in all stages. The figure accumulates the similarities of all
+    prefills: we give the mean, which ranks the same."""
     probe = ImportanceProbe(model.args.n_layers)
     watched = Skip(mask_of([], model.args.n_layers), probe)
     for ids in prompts:
@@ -110,10 +107,10 @@ def rank_by_loss(loss, seconds: Tensor, most: int, few: int = 3, pool: int = 20)
     BlockPruner's, 2406.10594, and FinerCut's, 2405.18218.)
 
     loss(mask): KL(full || skipped), nats per token, in teacher-forced decoding of the full model's
-    own texts; tools/losses.py measures it. seconds (n_layers, 2): of each sub-layer in a decoding
-    step. In every round the `pool` that were cheapest are measured again, on top of those
-    chosen, and up to `few` join, the later ones only if they are still cheapest with the earlier
-    ones gone: of two that stand in for each other one stays. After `most` the rest follows as is.
+    own texts; see tools/losses.py. seconds (n_layers, 2): of each sub-layer in a decoding step. In
+    every round the `pool` that were cheapest are measured again, on top of those chosen, and up to
+    `few` join, the later ones only if they are still cheapest with the earlier ones gone: of two
+    that stand in for each other one stays. After `most` the rest follows as is.
     """
     n_layers = len(seconds)
     ranking: list[SubLayer] = []
@@ -213,10 +210,10 @@ def shuffled(setting: Setting, budget: int) -> Tensor:
 class AdaSkip:
     """AdaSkip (2501.02336): the `budget` most similar sub-layers, the same ranking for every stage.
 
-    A skipped sub-layer's output is its input times rho, the mean ratio of the norms after and
-    before. Per batch, FFNs whose similarity over the first `window` decoding steps reaches the
-    budget-th largest prefill similarity are skipped as well. The authors' code watches 20 steps,
-    more than a stage of ours lasts; we watch 5, the paper's smallest window.
+    A skipped sub-layer's output is its input times rho, the mean norm ratio. Per batch, FFNs whose
+    similarity over the first `window` steps reaches the budget-th largest prefill similarity are
+    skipped as well. The authors' code watches 20 steps, more than a stage of ours lasts; we watch
+    5, the paper's smallest window.
     """
 
     def __init__(self, setting: Setting, budget: int, window: int = 5):

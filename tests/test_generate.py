@@ -437,7 +437,8 @@ def test_copying_the_cache_for_recorded_steps_is_timed(llama, monkeypatch):
 
         return slow
 
-    monkeypatch.setattr("generate.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for timed in ("generate", "tools.fast"):
+        monkeypatch.setattr(f"{timed}.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(StaticStep, "load", takes(2, StaticStep.load))
     monkeypatch.setattr(StaticStep, "record", takes(50, StaticStep.record))
     timings = batch(llama, PROMPTS, 3, stepper=RecordedStepper(llama))[0].timings

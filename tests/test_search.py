@@ -16,6 +16,7 @@ from skip import mask_of
 from tools import clock, trials
 from tools.fast import RecordedStepper
 from tools.journal import Journal
+from tools.refine import refine
 from tools.tables import print_full
 from tools.trials import Answers
 
@@ -129,7 +130,7 @@ def test_refine_leaves_a_greedy_choice_for_a_faster_pair():
         return trial(point[0], 0.0, 1.0 if a + b <= 2 else 0.0, 30 - a - 5 * b)
 
     start = Point((2, 0, 0))
-    found = Search(table, 0.9).refine(start, [0, 1, 2], lambda: True)
+    found = refine(Search(table, 0.9), best, start, [0, 1, 2], lambda: True)
     assert found[0] != start[0] and table(found, 0)["latency_s"] < 28
 
 
@@ -140,10 +141,10 @@ def test_refine_tries_nothing_more_when_time_is_up():
         tried.append(point)
         return trial(point[0], 0.0, 1.0, 30 - point[0][2])
 
-    refine = Search(table, 0.9).refine
-    assert refine(start, [0, 1], lambda: next(left, False)) != start
+    search = Search(table, 0.9)
+    assert refine(search, best, start, [0, 1], lambda: next(left, False)) != start
     assert len(tried) == 4, "the start and three neighbours"
-    assert refine(start, [0, 1], lambda: False) == start
+    assert refine(search, best, start, [0, 1], lambda: False) == start
 
 
 def test_a_torn_last_line_of_the_journal_is_dropped(tmp_path):

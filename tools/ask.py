@@ -8,7 +8,7 @@ import string
 import generate
 import skip
 from data.questions import Question, read_questions
-from generate import Exit, Pipeline, importance_of
+from generate import Draft, Exit, Pipeline, importance_of
 from model import expect
 from tools.flags import METHOD_FLAGS, MODEL_FLAGS, SEARCH_FLAGS, make_parser, utf8
 from tools.setup import (
@@ -61,7 +61,8 @@ def answer(args) -> None:
     policy = (skip.POLICIES | setting.trained)[args.method or "litestage"]
     skips = []
     for index, budget in enumerate(plan.budgets):
-        skips.append(policy(setting.at(index), budget))
+        skip_set = policy(setting.at(index), budget)
+        skips.append(Draft(skip_set, plan.draft[index]) if plan.draft else skip_set)
     label, stages = pipeline.answer([question], skips, plan.exit)[0]
     for stage in stages:
         print_stage(stage, labels, 2 * setting.n_layers, args.show_prompts)
@@ -83,17 +84,20 @@ def continue_text(args) -> None:
     check_length(pipeline, ids)
     skipped = None
     exit = None
+    drafts = 0
     if args.exit_threshold:
         exit = Exit(args.exit_window or Exit().window, args.exit_threshold)
-    if args.plan or args.stage_budgets or args.method:
+    if args.plan or args.stage_budgets or args.method or args.draft:
         plan = configure(pipeline, args.model, Wanted.of(args), asked)[0]
         setting = plan.setting(args.seed)
         policies = skip.POLICIES | setting.trained
         skipped = policies[args.method or "litestage"](setting, plan.budgets[0])
         exit = plan.exit
-    new = generate.generate(
-        model, ids, args.max_new_tokens, tokenizer.eos_ids, skipped, exit, args.temperature
-    )
+        drafts = plan.draft[0] if plan.draft else 0
+    expect(not (drafts and args.temperature), "--draft: expected a --temperature of 0")
+    limit = args.max_new_tokens
+    asked_for = (limit, tokenizer.eos_ids, skipped, exit, args.temperature, drafts)
+    new = generate.generate(model, ids, *asked_for)
     many = f"{count(new.timings.skipped)} of {2 * model.args.n_layers} sub-layers skipped"
     print(f"{tokenizer.decode(ids + new.ids)}\n[{len(new.ids)} tokens, {new.stop}, {many}]")
     if args.show_prompts:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from data.prompts import STAGES
 from data.questions import Question
-from generate import Pipeline, StageResult, Until, generate_batch
+from generate import Draft, Pipeline, StageResult, Until, generate_batch
 from skip import Setting, litestage
 from tools.journal import Journal
 from tools.progress import progress
 
 KNOTS = 9  # budgets whose steps are timed
 TIMED = 6  # steps in a generation
+VERIFY_ROUNDS = 5
 
 
 def time_steps(pipeline: Pipeline, question: Question, said: list, masks: list) -> list:
@@ -78,6 +79,50 @@ def step_times(
     step_s = full_s.nanmedian(0).values * relative.nanmedian(0).values  # (stages, knots)
     at_budgets = [numpy.interp(sizes, knots, row).tolist() for row in step_s.nan_to_num()]
     return at_budgets, relative_noise(relative)
+
+
+# ---------------------------------------------------------------- drafts
+
+
+def verify_times(
+    pipeline: Pipeline, questions: list[Question], said: list, counts: list[int], journal: Journal
+) -> list[dict[str, float]]:
+    """Seconds of the forward that verifies, for every stage by how many tokens were drafted; the
+    median over rounds, a question each, which are journaled. said: see `step_times`."""
+    name = f"verify {counts}"
+    ready = len(journal.find(name))
+    for i in progress(range(ready, VERIFY_ROUNDS), "verify times"):
+        question = questions[i % len(said)]
+        texts = said[i % len(said)]
+        row = []
+        for index in range(len(STAGES)):
+            prompts = pipeline.prompt_ids(index, question, texts[:index])
+            group = (pipeline.new_caches(1)[0], prompts)
+            times = {}
+            for count in counts:
+                until = Until(3 * (count + 1) + 1)
+                made = generate_batch(pipeline.stepper, [group], until, Draft(None, count))[0]
+                kinds = zip(made.timings.kinds, made.timings.step_s)
+                taken = [seconds for kind, seconds in kinds if kind.endswith("verify")]
+                times[str(count)] = median(taken or [math.nan])
+            row.append(times)
+        journal.append(name, row)
+    medians = []
+    for stage in zip(*journal.find(name)):
+        by_count = {}
+        for count in map(str, counts):
+            by_count[count] = float(numpy.nanmedian([times[count] for times in stage]))
+        medians.append(by_count)
+    return medians
+
+
+def step_seconds(measured: dict, point, stage: int) -> float:
+    """Seconds of a stage's step, or of a round: its drafts and the forward that verifies them."""
+    seconds = measured["step_s"][stage][point.budgets[stage]]
+    if point.draft is None or not point.draft[stage]:
+        return seconds
+    count = point.draft[stage]
+    return count * seconds + measured["verify_s"][stage][str(count)]
 
 
 # ---------------------------------------------------------------- prefills

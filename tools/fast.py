@@ -9,13 +9,14 @@ together. Nothing here is LiteStage's; tests/bench.md has what it gains.
     print(pack(Llama.from_pretrained('data/demo/model')))"
 """
 
+import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generate import Group, Picked, Stepper, pick, read
+from generate import Draft, Group, Said, Stepper, pick, read
 from model import (
     EMBED,
     DecoderLayer,
@@ -244,23 +245,23 @@ class StaticStep:
     That is what a CUDA graph needs: on a GPU the step is recorded once for each skip set and then
     replayed without the interpreter; elsewhere it just runs, to the same tokens. It attends to all
     of its own cache, (bsz, ..., size, ...), under a mask. Its results are `tokens` and
-    `confidences`, each (bsz,).
+    `confidences`, each (bsz, 1).
     """
 
     def __init__(self, model: Llama, bsz: int, size: int):
         self.model = model
         self.cache = KVCache(model, bsz, size, pad=[1] * bsz)
-        self.tokens = torch.zeros(bsz, dtype=torch.long, device=model.device)
+        self.tokens = torch.zeros(bsz, 1, dtype=torch.long, device=model.device)
         self.pos = torch.zeros(bsz, dtype=torch.long, device=model.device)
-        self.confidences = torch.zeros(bsz, device=model.device)
+        self.confidences = torch.zeros(bsz, 1, device=model.device)
         self.recorded: dict[str, Callable[[], None]] = {}  # by skip set
 
     def load(self, cache: KVCache, tokens: Tensor, pos: int) -> None:
-        """Starts anew: the next step decodes what follows the tokens (bsz,) at slot pos."""
+        """Starts anew: the next step decodes what follows the tokens (bsz, 1) at slot pos."""
         for mine, its in zip(self.cache.layers, cache.layers):
             mine[:, :, :pos] = its[:, :, :pos]
-            mine[:, :, pos:] = 0  # masked, but a NaN would get through a mask
-        self.cache.pad.copy_(torch.zeros_like(tokens) if cache.pad is None else cache.pad)
+        self.cache.fill(pos)  # it is masked, but a NaN would get through a mask
+        self.cache.pad.copy_(torch.zeros_like(self.pos) if cache.pad is None else cache.pad)
         self.tokens.copy_(tokens)
         self.pos.fill_(pos)
 
@@ -272,7 +273,7 @@ class StaticStep:
         return self.recorded[key]
 
     def run(self, skip: Tensor | None) -> None:
-        logits = self.model(self.tokens[:, None], self.cache, self.pos, skip)[:, -1]
+        logits = self.model(self.tokens, self.cache, self.pos, skip)
         tokens, confidences = pick(logits)
         self.tokens.copy_(tokens)
         self.confidences.copy_(confidences)
@@ -304,23 +305,28 @@ class RecordedStepper(Stepper):
         self.now: StaticStep | None = None  # None: this batch decodes as usual
 
     @torch.inference_mode()
-    def prepare(self, groups: list[Group], room: int, skip) -> None:
-        super().prepare(groups, room, skip)
+    def start(self, groups: list[Group], room: int, skip) -> Said:
+        self.record(groups, room, skip)
+        said = super().start(groups, room, skip)
+        if self.now is not None:
+            began = time.perf_counter()
+            self.now.load(self.cache, self.tokens, self.pos)
+            self.prefill_s += time.perf_counter() - began
+        return said
+
+    def record(self, groups: list[Group], room: int, skip) -> None:
+        """Makes the steps of this batch, if they are not there yet, which is not timed."""
         lengths = [len(prompt) for _, prompts in groups for prompt in prompts]
         self.now = None
         self.rows = list(range(len(lengths)))
-        if not lengths or callable(skip) or isinstance(skip, Skip):
+        if not lengths or callable(skip) or isinstance(skip, Skip | Draft):
             return
         size = (max(lengths) + room + 255) // 256 * 256  # few sizes, so few recordings
         key = (len(lengths), size)
         if key not in self.recorded:
             self.recorded[key] = StaticStep(self.model, *key)
         self.now = self.recorded[key]
-        self.now.under(skip)  # recorded once, which is not timed
-
-    def load(self) -> None:
-        if self.now is not None:
-            self.now.load(self.cache, self.tokens, self.pos)
+        self.now.under(skip)
 
     def keep(self, rows: list[int]) -> None:
         if self.now is None:
@@ -328,9 +334,9 @@ class RecordedStepper(Stepper):
         else:
             self.rows = [self.rows[i] for i in rows]
 
-    def advance(self, skip) -> Picked:
+    def advance(self, skip) -> Said:
         if self.now is None:
             return super().advance(skip)
         self.now.under(skip)()
-        picked = read(self.now.tokens, self.now.confidences)
-        return [picked[row] for row in self.rows]
+        said = read(self.now.tokens, self.now.confidences)
+        return [said[row] for row in self.rows]

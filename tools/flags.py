@@ -251,11 +251,10 @@ FLAGS = {
     ),
     "--exit-window": Flag("last confidences in that mean (default: 5)", kind=positive, metavar="N"),
     "--draft": Flag(
-        "lossless: tokens that a stage drafts while it skips, before all layers verify them, one "
-        "count or one a stage; auto: the plan's, search.py: searched; 0: no drafts",
-        [0],
-        drafts,
-        "K",
+        "lossless: tokens that a stage drafts while it skips, before all layers verify them; one "
+        "count, or one a stage (default: the plan's; search.py: 0, none; auto: searched)",
+        kind=drafts,
+        metavar="K",
     ),
     "--temperature": Flag("of a continued text; 0 is greedy", 0.0, number, "T"),
     # what comes out
@@ -289,7 +288,7 @@ FLAGS = {
 }
 MODEL_FLAGS = ("--model", "--data", "--seed", "--device", "--dtype", "--threads", "--compile")
 MODEL_FLAGS += ("--plain", "--max-new-tokens", "--shots", "--shots-file")
-METHOD_FLAGS = ("--plan", "--stage-budgets", "--method")
+METHOD_FLAGS = ("--plan", "--stage-budgets", "--method", "--draft")
 SEARCH_FLAGS = ("--limit", "--granularity", "--exit-threshold", "--exit-window")
 
 # ---------------------------------------------------------------- parsers

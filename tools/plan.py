@@ -59,6 +59,8 @@ class Plan:
     exit: Exit | None
     frontier: list[Choice]  # of several epsilons; at least the plan's own
     found_with: dict  # of `conditions`
+    draft: list[int] | None = None  # tokens that each stage drafts
+    only_drafts: bool = False  # its budgets were chosen for drafts: without them they are too many
     trained: dict = field(default_factory=dict)  # see tools/trained.py
 
     @property
@@ -198,7 +200,9 @@ def read_plan(path: Path, folder: Path, n_layers: int) -> Plan:
             exit=choices[0].exit,
             frontier=choices[1:] or choices,
             found_with=stored,
+            draft=read_draft(path, stored.get("draft")),
         )
+        plan.only_drafts = plan.draft is not None
         if version == 1:
             plan.rank_by_similarity(granularity)
         else:
@@ -258,6 +262,16 @@ def read_exit(path: Path, stored: dict | None) -> Exit | None:
     if exit.threshold == 0:
         return None
     return exit
+
+
+def read_draft(path: Path, stored: list | None) -> list[int] | None:
+    if stored is None:
+        return None
+    fits = isinstance(stored, list) and len(stored) == len(STAGES)
+    for count in stored if fits else ():
+        fits = fits and type(count) is int and 0 <= count < 1 << 31
+    expect(fits, f"{path}: 'draft' must be null or {len(STAGES)} counts, found {stored!r:.40}")
+    return stored
 
 
 def store_setting(setting: Setting, ranking_by: str) -> dict:

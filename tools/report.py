@@ -52,33 +52,49 @@ def make_report(
     }
 
 
-def make_entry(run, numbers: dict) -> dict:
-    """A run's entry in the report. numbers: what eval.py computes of it."""
+def make_entry(run, full, numbers: dict) -> dict:
+    """A run's entry in the report. numbers: what eval.py computes of it, against the full run."""
     too_long = 0
     for stages in run.stages:
         too_long += any("context" in stage.stops for stage in stages)
+    changed = None
+    if run.draft:
+        changed = 0
+        for stages, others in zip(run.stages, full.stages):
+            changed += list(map(ids_of, stages)) != list(map(ids_of, others))
+    stages = []
+    for i, results in enumerate(zip(*run.stages)):
+        stages.append(describe_stage(results, run.draft[i] if run.draft else 0))
     return {
         "method": run.method,
         "variant": run.variant,
         "budgets": run.budgets,
         "exit": run.exit and run.exit._asdict(),
-        "draft": None,
+        "draft": run.draft,
+        "texts_changed": changed,  # by drafts: questions, 0 but for near-ties in half precision
         **numbers,
         "no_answer": run.answers.count(None),
         "too_long": too_long,
         "answers": run.answers,
-        "stages": [describe_stage(stages) for stages in zip(*run.stages)],
+        "stages": stages,
     }
 
 
-def describe_stage(stages: list[StageResult]) -> dict:
-    """One stage's means per question; ms_per_token is decoding time by the tokens of all rows."""
+def ids_of(stage: StageResult) -> list[list[int]]:
+    return [row.ids for row in stage.rows]
+
+
+def describe_stage(stages: list[StageResult], count: int = 0) -> dict:
+    """One stage's means per question; ms_per_token is decoding time by the tokens of all rows;
+    accepted is the share of the drafts, `count` in a round."""
     n = len(stages)
     tokens = sum(stage.tokens for stage in stages)
     decode_s = sum(stage.timings.decode_s for stage in stages)
     steps = 0
     skipped = 0.0
     skipped_ffn = 0.0
+    accepted = 0
+    drafted = 0
     stops = []
     for stage in stages:
         steps += len(stage.timings.skips)
@@ -86,6 +102,9 @@ def describe_stage(stages: list[StageResult]) -> dict:
             skipped += attention + ffn
             skipped_ffn += ffn
         stops += stage.stops
+        for row in stage.rows:
+            accepted += row.accepted
+            drafted += row.steps * count
     return {
         "name": stages[0].name,
         "tokens": tokens / n,
@@ -95,7 +114,7 @@ def describe_stage(stages: list[StageResult]) -> dict:
         "skipped_sublayers": skipped / max(steps, 1),
         "skipped_ffn": skipped_ffn / max(steps, 1),
         "exit_rate": stops.count("confidence") / len(stops),
-        "accepted": None,
+        "accepted": accepted / drafted if drafted else None,
     }
 
 
@@ -148,6 +167,7 @@ def text_rows(ids: list[str], runs: list) -> list[dict]:
                     }
                 )
             row = {"id": id, "method": run.method, "budgets": list(run.budgets)}
+            row["draft"] = run.draft
             row |= {"exit": run.exit and run.exit._asdict(), "answer": run.answers[i]}
             rows.append(row | {"stages": stages})
     return rows
@@ -226,7 +246,7 @@ def keep_answers(args, pipeline: Pipeline, asked: Asked, plans: list[Plan], runs
     key |= conditions_of(pipeline, asked)
     key |= {
         "questions": [digest_of([asked.file]), len(asked.questions)],
-        "runs": [[each.method, each.budgets, each.exit] for each in runs],
+        "runs": [[each.method, each.budgets, each.exit, each.draft] for each in runs],
         "rankings": [ranked(plan) for plan in plans],
         "seed": args.seed,
         "batch": args.batch,

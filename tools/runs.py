@@ -13,6 +13,7 @@ from tools.plan import Plan
 from tools.setup import Asked, Wanted, configure, load_asked, read_asked
 from tools.trained import budgets_of
 
+DRAFTED = "litestage-draft"
 DEMO_LIMIT = 200  # questions of the demo unless --limit asks for more: a minute or two
 
 
@@ -25,6 +26,7 @@ class Planned(NamedTuple):
     exit: Exit | None = None
     name: str = ""  # the run's, if it is not the policy's
     variant: str | None = None  # an ablation of LiteStage: "uniform" or "no-exit"
+    draft: list[int] | None = None
 
 
 def set_up(args) -> tuple[Asked, Pipeline, list[Plan]]:
@@ -44,7 +46,7 @@ def plan_runs(plans: list[Plan], args) -> list[Planned]:
     """The runs of an evaluation; the full model's is the first."""
     planned = [Planned("full", plans[0].setting(args.seed), [0] * len(STAGES))]
     if args.compare is not None:
-        for each in compared(plans, args):
+        for each in compared(plans, args) + drafted(plans, args):
             if (each.name or each.policy).startswith(args.method or ""):
                 planned.append(each)
         return planned
@@ -52,7 +54,22 @@ def plan_runs(plans: list[Plan], args) -> list[Planned]:
     for plan in plans:
         setting = plan.setting(args.seed)
         name = plan.method if policy == "litestage" else policy
-        planned.append(Planned(policy, setting, plan.budgets, plan.exit, name))
+        if not plan.only_drafts:
+            planned.append(Planned(policy, setting, plan.budgets, plan.exit, name))
+    return planned + drafted(plans, args)
+
+
+def drafted(plans: list[Plan], args) -> list[Planned]:
+    """The runs of the plans that draft, after all others. A stage without drafts skips nothing."""
+    planned = []
+    for plan in plans:
+        if plan.draft:
+            budgets = []
+            for budget, count in zip(plan.budgets, plan.draft):
+                budgets.append(budget if count else 0)
+            setting = plan.setting(args.seed)
+            given = Planned("litestage", setting, budgets, plan.exit, DRAFTED)
+            planned.append(given._replace(draft=plan.draft))
     return planned
 
 
@@ -76,6 +93,8 @@ def compared(plans: list[Plan], args) -> list[Planned]:
             for budgets in budgets_of(method, grid):
                 planned.append(Planned(method, setting, budgets))
     for plan in plans:
+        if plan.only_drafts:
+            continue
         setting = plan.setting(args.seed)
         lite = Planned("litestage", setting, plan.budgets, plan.exit, plan.method)
         for budgets in uniform:

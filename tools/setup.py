@@ -302,6 +302,7 @@ class Wanted:
     granularity: str | None = None
     exit_threshold: float | None = None  # 0: never
     exit_window: int | None = None
+    draft: list[int] | None = None  # None: the plan's
     compare: bool = False  # every method, so that the importance is needed
 
     @classmethod
@@ -314,6 +315,7 @@ class Wanted:
             granularity=args.granularity,
             exit_threshold=args.exit_threshold,
             exit_window=args.exit_window,
+            draft=getattr(args, "draft", None),
             compare=getattr(args, "compare", None) is not None,
         )
 
@@ -351,6 +353,7 @@ def configure(pipeline: Pipeline, name: str, wanted: Wanted, asked: Asked) -> li
         plans.append(plan_of_flags(pipeline, name, wanted, asked))
     for plan in plans:
         plan.trained = trained
+        set_draft(plan, wanted)
     has_exit = any(choice.exit for plan in plans for choice in plan.frontier)
     if wanted.exit_window is not None and not has_exit:
         note("--exit-window: there is no exit; --exit-threshold asks for one")
@@ -398,6 +401,19 @@ def apply_flags(plan: Plan, wanted: Wanted) -> None:
     if wanted.budgets is not None:
         plan.budgets = wanted.budgets
         plan.frontier = [Choice(plan.budgets, plan.exit)]
+
+
+def set_draft(plan: Plan, wanted: Wanted) -> None:
+    """Changes what a plan drafts, as --draft asks."""
+    if wanted.draft is None:
+        return
+    alone = f"--draft 0: {plan.name} drafts, and its budgets alone would change the texts"
+    expect(any(wanted.draft) or not plan.only_drafts, alone)
+    if any(wanted.draft):
+        only = "--draft: only litestage drafts"
+        expect(wanted.method in (None, "litestage"), f"{only}, found --method {wanted.method}")
+        expect(any(plan.budgets), "--draft: expected budgets, of a plan or --stage-budgets")
+        plan.draft = wanted.draft
 
 
 def exit_of(planned: Exit | None, wanted: Wanted) -> Exit | None:

@@ -130,6 +130,14 @@ def print_differences(runs: list[dict], n: int) -> None:
                 f"{name_of(run)}: {run['no_answer']} of {n} with no answer, "
                 f"{run['too_long']} did not fit the context"
             )
+        if run["draft"]:
+            shares = []
+            for stage in run["stages"]:
+                shares.append("-" if stage["accepted"] is None else f"{stage['accepted']:.0%}")
+            print(
+                f"{name_of(run)} drafts {commas(run['draft'])}, accepted {', '.join(shares)}; "
+                f"texts changed in {run['texts_changed']} of {n}"
+            )
 
 
 def print_multiply_adds(runs: list[dict]) -> None:
@@ -177,7 +185,10 @@ def print_scan(
     chosen: which of the trials was taken, None if none meets the target.
     noise: of latencies, relative; trials that are as fast within it are named.
     """
-    print(f"\n{title}: target accuracy {target:.1%}")
+    wanted = f"target accuracy {target:.1%}"
+    if trials[0]["draft"] is not None:
+        wanted = "the texts are the full model's; budget x drafts"
+    print(f"\n{title}: {wanted}")
     print(
         f"{'tried':>10}{'accuracy [95%]':>20}{'tokens':>9}{'ms':>10}{'exits':>7}{'meets':>7}"
         f"{'chosen':>8}"
@@ -218,6 +229,8 @@ def print_plan(path: Path, plan: dict) -> None:
     exits = "no exit"
     if plan["exit"]:
         exits = f"exit at {plan['exit']['threshold']}"
+    if plan["draft"]:
+        exits += f", drafts {commas(plan['draft'])}"
     speedup = full["latency_s"] / chosen["latency_s"]
     print(
         f"\n{path}: budgets {plan['budgets']}, {exits}; accuracy {chosen['accuracy']:.1%}\n"

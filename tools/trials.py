@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 from data.prompts import STAGES, find_answer
 from data.questions import Question
-from generate import Exit, Pipeline, StageResult
+from generate import Draft, Exit, Pipeline, StageResult
 from model import expect
 from skip import Setting, litestage
+from tools.clock import verify_times
+from tools.drafts import COUNTS
 from tools.flags import MODEL_FLAGS, SEARCH_FLAGS, make_parser
 from tools.journal import Journal
 from tools.plan import checkpoint_digests, conditions, open_journal, read_setting, write_plans
@@ -32,6 +34,7 @@ class Key(NamedTuple):
     stage: int
     budget: int
     threshold: float
+    count: int  # of tokens to draft
     said: str  # before
 
 
@@ -58,7 +61,7 @@ class Answers:
         self.made: dict[Key, StageResult] = {}
         self.generated = 0
 
-    def growing(self, budgets, threshold: float) -> Iterator[list[list[StageResult]]]:
+    def growing(self, budgets, threshold: float, draft=None) -> Iterator[list[list[StageResult]]]:
         """All stages of the first questions, some more each time, shared out among the ranks."""
         number, world = rank()
         n = len(self.questions)
@@ -66,7 +69,7 @@ class Answers:
         done: list[list[StageResult]] = []
         for start in range(0, n, together):
             chosen = list(range(start, min(start + together, n)))
-            done += interleave(self.at(chosen[number::world], budgets, threshold))
+            done += interleave(self.at(chosen[number::world], budgets, threshold, draft))
             yield done
 
     def count_right(self, done: list[list[StageResult]]) -> int:
@@ -76,15 +79,16 @@ class Answers:
             right += find_answer(stages[-1].texts[0], question.labels) == question.answer
         return right
 
-    def at(self, chosen: list[int], budgets, threshold: float) -> list[list[StageResult]]:
+    def at(self, chosen: list[int], budgets, threshold: float, draft) -> list[list[StageResult]]:
         """All stages of the chosen questions, `batch` at most, with a budget for each stage."""
+        counts = draft or [0] * len(budgets)
         done: list[list[StageResult]] = [[] for _ in chosen]
         for index, budget in enumerate(budgets):
             keys = []
             missing = []
             for number, stages in zip(chosen, done):
                 said = [stage.texts for stage in stages]
-                key = Key(number, index, budget, threshold, str(said))
+                key = Key(number, index, budget, threshold, counts[index], str(said))
                 keys.append(key)
                 if key not in self.made:
                     missing.append((key, said))
@@ -104,6 +108,8 @@ class Answers:
         questions = [self.questions[key.question] for key, _ in missing]
         said = [texts for _, texts in missing]
         skip = litestage(self.setting.at(first.stage), first.budget)
+        if first.count:
+            skip = Draft(skip, first.count)
         results = self.pipeline.run_stage(first.stage, questions, said, self.caches, skip, exit)
         for (key, _), result in zip(missing, results):
             self.made[key] = result
@@ -124,7 +130,9 @@ class Trials:
         self.asked = 0  # how often a trial was asked for
         self.known = {}
         for trial in journal.find("trial"):
-            self.known[tuple(trial["budgets"]), trial["threshold"]] = trial
+            draft = trial.get("draft")
+            point = (tuple(trial["budgets"]), trial["threshold"], draft and tuple(draft))
+            self.known[point] = trial
 
     def __call__(self, point: tuple, target: float) -> dict:
         """A point's trial. An abandoned one will do where its bound misses the target, too."""
@@ -201,7 +209,13 @@ class Session:
     def measured(self, measure: Callable, rounds: int) -> dict:
         """Step 1 of search.py, from the journal or now."""
         given = (self.pipeline, self.questions, self.args, rounds, self.journal)
-        return self.journal.once("measured", measure, *given)
+        measured = self.journal.once("measured", measure, *given)
+        counts = self.args.draft
+        if counts:
+            said = self.journal.find("ranked")[0]["said"]
+            times = verify_times(self.pipeline, self.questions, said, counts, self.journal)
+            measured = measured | {"verify_s": times}
+        return measured
 
     def trials(self, run: Callable, measured: dict, batch: int, gpu_batch: int) -> Trials:
         """See there. batch: questions side by side, of which a GPU takes more."""
@@ -221,7 +235,7 @@ class Session:
             "epsilon": epsilon,
             "budgets": chosen["budgets"],
             "exit": exit,
-            "draft": None,
+            "draft": chosen["draft"],
             "chosen": chosen,
             "trials": list(trials.values()),
         }
@@ -238,11 +252,16 @@ class Session:
 
 def read_flags(doc: str) -> argparse.Namespace:
     """The flags of search.py."""
-    own = ("--ranking", "--out", "--epsilon", "--max-budget", "--step", "--refine")
+    own = ("--ranking", "--draft", "--out", "--epsilon", "--max-budget", "--step", "--refine")
     parser = make_parser(doc, *MODEL_FLAGS, *SEARCH_FLAGS, *own)
     parser.set_defaults(ranking="similarity", granularity="sublayer", exit_window=Exit().window)
+    parser.set_defaults(draft=[0])
     args = parser.parse_args()
     by_layer = args.ranking == "loss" and args.granularity == "layer"
     wanted = "--granularity layer: expected sublayer, which is what --ranking loss ranks"
     expect(not by_layer, wanted)
+    args.draft = COUNTS if args.draft is None else sorted(set(args.draft) - {0})
+    if args.draft:
+        one = len(args.epsilon) == 1 and not args.refine
+        expect(one, "--draft: expected one --epsilon and no --refine: nothing is lost")
     return args
