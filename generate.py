@@ -132,9 +132,9 @@ def prefill(model: Llama, groups: list[Group], room: int, skip=None):
     return batch, longest, torch.cat(all_logits)
 
 class Draft(NamedTuple):
-    """A skip set that only drafts, `count` tokens a round; see `Stepper.draft_and_verify`."""
+    """A skip set that only drafts, `n_tokens` a round; see `Stepper.draft_and_verify`."""
     skip: Tensor
-    count: int
+    n_tokens: int
 
 
 Said = list[list[tuple[int, float]]]  # for each row what comes next: tokens, their confidences
@@ -299,7 +299,7 @@ def generate_batch(stepper: Stepper, groups: list[Group], until: Until, skip=Non
     for cache, prompts in groups:
         short = [prompt for prompt in prompts if 0 < len(prompt) <= context]
         fitting += [(cache, short)] if short else []
-    room = min(until.max_new_tokens, context) + getattr(skip, "count", 0)  # a draft's
+    room = min(until.max_new_tokens, context) + (skip.n_tokens if isinstance(skip, Draft) else 0)
     timings = Timings(0.0, [], [], [])
     if active:
         said = stepper.start(fitting, room, skip)

@@ -41,13 +41,13 @@ from tools.trials import Answers, Session
 
 THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8)  # what --exit-threshold auto tries; 0 never exits
 FIRST = 0.5  # the one of them with which the stages are scanned
-ROUNDS = 15  # of timing steps, at most: one for 20 answers of a scan
+ROUNDS = 15  # of timing steps, at most
 BATCH = 20  # questions generated side by side; latencies come from the measured step times
 GPU_BATCH = 100  # the same where a step of many takes about as long as one of few
 
 
 class Point(NamedTuple):
-    """What is searched. A *trial* is what came of it, a dict as plan and journal keep it: the point,
+    """What is searched. A *trial* is what came of it, a dict in plan and journal: the point,
     accuracy, accuracy_ci95, latency_s, stage_s, tokens, exit_rate, abandoned. An abandoned one
     stopped when the target was out of reach: its accuracy is an upper bound."""
 
@@ -208,8 +208,7 @@ def find_plan(search: Search, order: list[int], args) -> dict:
 def main() -> None:
     session = Session(__doc__)
     args = session.args
-    enough = max(3, len(session.questions) * (args.max_budget // args.step + 1) // 20)
-    measured = session.measured(measure, min(ROUNDS, enough))
+    measured = session.measured(measure, ROUNDS)
     evaluate = session.trials(run_trial, measured, BATCH, GPU_BATCH)
     full = evaluate(Point((0,) * len(STAGES)), 0.0)
     order = sorted(range(len(STAGES)), key=lambda stage: -full["stage_s"][stage])

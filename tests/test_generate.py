@@ -324,9 +324,9 @@ def test_adaskip_watches_the_decoding(llama, follows):
 
 
 def test_one_preempted_step_does_not_count():
-    timings = Timings(0.5, [0.25, 0.25, 9.0, 0.25], [[0, 0]] * 4)
+    timings = Timings(0.5, [0.25, 0.25, 9.0, 0.25], [[0, 0]] * 4, [""] * 4)
     assert timings.decode_s == 1.0
-    assert Timings(0.5, [], []).decode_s == 0.0
+    assert Timings(0.5, [], [], []).decode_s == 0.0
 
 
 # ---------------------------------------------------------------- batches

@@ -41,8 +41,8 @@ class Table:
         self.asked = []
 
     def __call__(self, point, target):
-        budgets, threshold = point
-        self.asked.append(point)
+        budgets, threshold, _ = point
+        self.asked.append(point[:2])
         accuracy = 1 - sum(self.loss[stage].get(b, 1) for stage, b in enumerate(budgets))
         accuracy -= self.threshold_loss.get(threshold, 0)
         latency = sum(self.time[stage][b] for stage, b in enumerate(budgets)) - threshold / 100
@@ -50,8 +50,8 @@ class Table:
 
 
 def greedy(table, order, budgets, target, thresholds, noise=0.0):
-    """The chosen point; thresholds: 0 first, if there are several."""
-    return Search(table, target, noise).greedy(order, budgets, thresholds)
+    """The chosen budgets and threshold; thresholds: 0 first, if there are several."""
+    return Search(table, target, noise).greedy(order, budgets, thresholds)[:2]
 
 
 NONE = {b: 0.0 for b in range(6)}
@@ -91,7 +91,7 @@ def test_a_stage_of_which_no_budget_meets_the_target_keeps_zero(capsys):
     lost = {b: 0.5 for b in range(6)}
     table = Table([lost, NONE, NONE], [FLAT, {b: 10 - b for b in range(6)}, FLAT])
     made = Search(table, 0.9)
-    assert made.greedy([1, 0, 2], list(range(6)), [0.0, 0.0001]) == ((0, 0, 0), 0.0)
+    assert made.greedy([1, 0, 2], list(range(6)), [0.0, 0.0001])[:2] == ((0, 0, 0), 0.0)
     assert not any(search.meets(one, 0.9) for one in made.trials.values())
     stages = [stage for stage, _ in made.trials]
     assert list(dict.fromkeys(stages)) == ["analyze", "recall", "summarize", "exit"]
@@ -389,7 +389,7 @@ def test_step_times_go_on_with_the_round_that_was_interrupted(searched, tmp_path
 
 
 def test_a_small_search_times_fewer_rounds_than_a_large_one(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "PER_ROUND", 1)
+    monkeypatch.setattr(trials, "PER_ROUND", 1)
     searched("--limit", "2", "--step", "3")  # budgets 0 and 3
     searched("--limit", "6", "--step", "1")  # 0, 1, 2, 3, 4
     rounds = [len(Journal(path).find("round")) for path in journals(tmp_path)]

@@ -360,7 +360,7 @@ def test_multiply_adds_by_hand():
 
 def test_steps_of_each_kind_count_by_their_median():
     skips = [[2, 2], [1, 1], [2, 2], [2, 2], [1, 1], [0, 2]]
-    timings = Timings(1.0, [0.1, 0.2, 9.0, 0.1, 0.2, 0.2], skips)
+    timings = Timings(1.0, [0.1, 0.2, 9.0, 0.1, 0.2, 0.2], skips, [""] * 6)
     assert timings.decode_s == pytest.approx(3 * 0.1 + 3 * 0.2)
     assert timings.share(2).decode_s == pytest.approx(timings.decode_s / 2)
 

@@ -186,7 +186,7 @@ def print_scan(
     noise: of latencies, relative; trials that are as fast within it are named.
     """
     wanted = f"target accuracy {target:.1%}"
-    if trials[0]["draft"] is not None:
+    if trials[0].get("draft") is not None:
         wanted = "the texts are the full model's; budget x drafts"
     print(f"\n{title}: {wanted}")
     print(

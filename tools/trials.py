@@ -26,6 +26,8 @@ from tools.plan import checkpoint_digests, conditions, open_journal, read_settin
 from tools.ranks import gather, interleave, rank
 from tools.setup import Asked, keep_threads, load_asked, note, read_asked
 
+PER_ROUND = 20  # answers of a scan that make a round of timing steps worth its time
+
 
 class Key(NamedTuple):
     """All that a stage of a question depends on."""
@@ -206,11 +208,14 @@ class Session:
             if 0 < epsilon < 1 / n:
                 note(f"epsilon {epsilon:g} is less than one question of {n}: none may be lost")
 
-    def measured(self, measure: Callable, rounds: int) -> dict:
-        """Step 1 of search.py, from the journal or now."""
+    def measured(self, measure: Callable, most: int) -> dict:
+        """Step 1 of search.py, from the journal or now, in rounds that fit the search's size."""
+        args = self.args
+        enough = len(self.questions) * (args.max_budget // args.step + 1) // PER_ROUND
+        rounds = min(most, max(3, enough))
         given = (self.pipeline, self.questions, self.args, rounds, self.journal)
         measured = self.journal.once("measured", measure, *given)
-        counts = self.args.draft
+        counts = args.draft
         if counts:
             said = self.journal.find("ranked")[0]["said"]
             times = verify_times(self.pipeline, self.questions, said, counts, self.journal)
