@@ -167,7 +167,6 @@ def search_journal(args, pipeline: Pipeline, asked: Asked) -> tuple[Journal, dic
         "device": [str(model.device), args.compile, args.plain],
         "dtype": str(model.dtype),
         "threads": args.threads,
-        "ranks": rank()[1],
     }
     journal = open_journal(args.out, key)
     keep_threads(journal)
