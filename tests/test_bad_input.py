@@ -826,6 +826,38 @@ ROWS = {
             words=("choices", "UTF-8"),
         ),
         Row(
+            "drafts that are no counts",
+            flags=("--draft", "few"),
+            words=("--draft", "auto, one count, or three counts", "few"),
+        ),
+        Row(
+            "drafts for two stages",
+            flags=("--draft", "2,2"),
+            words=("--draft", "three counts, for recall", "2,2"),
+        ),
+        Row(
+            "drafts of another method",
+            flags=("--draft", "2", "--method", "unified"),
+            words=("--draft", "only litestage", "unified"),
+        ),
+        Row(
+            "drafts where nothing is skipped",
+            flags=("--draft", "2", "--stage-budgets", "0,0,0"),
+            words=("--draft", "expected budgets"),
+        ),
+        Row(
+            "drafts that are not greedy",
+            flags=("Once", "--stage-budgets", "1,1,1", "--draft", "2", "--temperature", "1"),
+            name="generate",
+            words=("--draft", "--temperature of 0"),
+        ),
+        Row(
+            "drafts for two accuracies",
+            flags=("--draft", "auto", "--epsilon", "0.1,0.2"),
+            name="search",
+            words=("--draft", "one --epsilon"),
+        ),
+        Row(
             "minutes of NaN",
             flags=("--refine", "nan"),
             name="search",

@@ -32,8 +32,8 @@ CODE += [f"data/{name}.py" for name in ("prompts", "questions", "tokenizer")]
 CODE += [
     f"tools/{name}.py" for name in ("clock", "fast", "losses", "plan", "report", "setup", "trials")
 ]
-CODE += [f"tools/{name}.py" for name in ("gates", "routers", "runs", "tokenwise", "trained")]
-
+CODE += [f"tools/{name}.py" for name in ("drafts", "refine", "runs")]
+CODE += [f"tools/{name}.py" for name in ("gates", "routers", "tokenwise", "trained")]
 
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 

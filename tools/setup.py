@@ -354,10 +354,16 @@ def configure(pipeline: Pipeline, name: str, wanted: Wanted, asked: Asked) -> li
     for plan in plans:
         plan.trained = trained
         set_draft(plan, wanted)
+    if not wanted.compare and wanted.method is None and not any(map(skips_or_exits, plans)):
+        note("nothing is skipped: expected --plan or --stage-budgets")
     has_exit = any(choice.exit for plan in plans for choice in plan.frontier)
     if wanted.exit_window is not None and not has_exit:
         note("--exit-window: there is no exit; --exit-threshold asks for one")
     return plans
+
+
+def skips_or_exits(plan: Plan) -> bool:
+    return any(plan.budgets) or plan.exit is not None
 
 
 def trained_policies(pipeline: Pipeline, wanted: Wanted, asked: Asked) -> dict:
