@@ -504,3 +504,10 @@ def test_an_unknown_device_is_one_short_line():
             setup.find_device(name)
         assert str(e.value).startswith(f"--device {name}: expected cpu or a cuda (")
         assert len(str(e.value)) < 250 and "\n" not in str(e.value)
+
+
+def test_a_run_that_skips_nothing_says_so(reported):
+    _, printed = reported()
+    assert "note: nothing is skipped: expected --plan or --stage-budgets" in printed
+    _, printed = reported("--stage-budgets", "1,0,0")
+    assert "nothing is skipped" not in printed
