@@ -96,13 +96,13 @@ def prefill_group(model: Llama, group: Group, room: int = 0, skip=None):
     """
     cache, prompts = group
     common = min(common_prefix(prompts), min(map(len, prompts)) - 1)  # each ends in a tail
-    ready = min(common_prefix([cache.tokens, prompts[0]]), common)
-    new = prompts[0][ready:common]
+    ready = min(common_prefix([cache.tokens, prompts[0]]), common)  # in the cache already
+    new = prompts[0][ready:common]  # what is run: the common rest, then all tails
     slots = []
     for prompt in prompts:
-        first = ready + len(new)
+        tail = ready + len(new)  # where it begins
         new = new + prompt[common:]
-        slots.append([*range(common), *range(first, ready + len(new))])
+        slots.append([*range(common), *range(tail, ready + len(new))])
     cache.forget(ready)
     if cache.max_len < ready + len(new) + room:
         cache.grow(model, ready + len(new) + room)
@@ -270,7 +270,7 @@ class Row:
         """Takes a token, or the end in its place, and decides whether the row goes on."""
         expect(not math.isnan(confidence), "the logits are NaN: try --dtype float32")
         self.recent.append(confidence)
-        window, threshold = self.until.exit or (0, 0.0)
+        window, threshold = self.until.exit or (0, 0.0)  # 0: there is no exit
         if token in self.until.eos_ids:
             self.stop = "eos"
         elif window and len(self.recent) == window and sum(self.recent) <= threshold * window:
@@ -376,7 +376,8 @@ class Pipeline:
         self.stepper = self.stepper or Stepper(self.model)
         self.shared = KVCache(self.model, 1, 0)  # holds what all prompts begin with: the shots
         ids = self.tokenizer.encode(self.shots)
-        ids = ids[: common_prefix([ids, self.tokenizer.encode(self.shots + "A")])]
+        longer = self.tokenizer.encode(self.shots + "A")  # the last token may join what follows
+        ids = ids[: common_prefix([ids, longer])]
         if self.shots and 0 < len(ids) <= self.model.args.max_seq_len:
             prefill_group(self.model, (self.shared, [ids]))
 
