@@ -26,6 +26,8 @@ from tools.runs import plan_runs, set_up
 from tools.setup import say_if_chance
 
 Z = 1.959964  # of a 95% interval
+
+
 def wilson(right: int, n: int) -> list[float]:
     """Wilson's 95% interval of an accuracy, `right` of n."""
     p = right / n
@@ -49,6 +51,7 @@ def paired(base: Sequence[bool], other: Sequence[bool]) -> list[float]:
     middle = (gained - lost) / n
     half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     return [max(middle - half, -1.0), min(middle + half, 1.0)]
+
 
 @dataclass
 class Run:
@@ -103,6 +106,7 @@ def evaluate(pipeline: Pipeline, questions: list[Question], runs: list[Run], bat
                 run.stages += [stages for _, stages in rows]
             bar.update(len(together) * len(runs))
 
+
 def latency_s(run: Run) -> float:
     """Seconds per question, end to end."""
     return mean(sum(stage.latency_s for stage in stages) for stages in run.stages)
@@ -129,14 +133,13 @@ def main() -> None:
     own = ("--split", "--json", "--texts", "--compare", "--batch")
     args = make_parser(__doc__, *MODEL_FLAGS, *SEARCH_FLAGS, *METHOD_FLAGS, *own).parse_args()
     asked, pipeline, plans = set_up(args)
-    questions = asked.questions
     runs = [make_run(*planned) for planned in plan_runs(plans, args)]
     kept = keep_answers(args, pipeline, asked, plans, runs)
-    evaluate(pipeline, questions, runs, args.batch, kept)
-    entries = [describe(each, runs[0], questions) for each in runs]
-    report = make_report(args, pipeline, questions, entries, args.batch)
+    evaluate(pipeline, asked.questions, runs, args.batch, kept)
+    entries = [describe(each, runs[0], asked.questions) for each in runs]
+    report = make_report(args, pipeline, asked.questions, entries, args.batch)
     publish(args, report, runs, kept)
-    say_if_chance(entries[0]["accuracy_ci95"], questions)
+    say_if_chance(entries[0]["accuracy_ci95"], asked.questions)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,20 @@ from model import KVCache, Llama, Skip, expect
 from skip import Importance, measure_importance
 
 Group = tuple[KVCache, list[list[int]]]  # prompts that share a cache of one row
+Said = list[list[tuple[int, float]]]  # for each row what comes next: tokens, their confidences
 
 
 class Exit(NamedTuple):
     """Generation early exit (LiteStage): when the mean of the last `window` confidences is at or
     below `threshold`, the end takes the place of the last token."""
+
     window: int = 5
     threshold: float = 0.5
 
 
 class Until(NamedTuple):
     """When a text ends: before an end token, after one of last_ids, or when the exit says so."""
+
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()
     last_ids: frozenset[int] = frozenset()
@@ -45,6 +48,7 @@ class Until(NamedTuple):
 
 class Timings(NamedTuple):
     """What a batch cost: seconds of the prefill up to the first token, and of each step after."""
+
     prefill_s: float
     step_s: list[float]
     skips: list[list[float]]  # how many sub-layers each step leaves out, [attention, FFN]
@@ -70,6 +74,7 @@ class Timings(NamedTuple):
 
 class Generation(NamedTuple):
     """What one row generated."""
+
     ids: list[int]
     confidences: list[float]  # of each
     stop: str  # eos, confidence, length or context
@@ -131,13 +136,12 @@ def prefill(model: Llama, groups: list[Group], room: int, skip=None):
         row += len(slots)
     return batch, longest, torch.cat(all_logits)
 
+
 class Draft(NamedTuple):
     """A skip set that only drafts, `n_tokens` a round; see `Stepper.draft_and_verify`."""
+
     skip: Tensor
     n_tokens: int
-
-
-Said = list[list[tuple[int, float]]]  # for each row what comes next: tokens, their confidences
 
 
 def pick(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -335,9 +339,6 @@ def generate(
     until = Until(max_new_tokens, frozenset(eos_ids), exit=exit and Exit(*exit))
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
     return generate_batch(Stepper(model, temperature), [group], until, skip)[0]
-
-
-# ---------------------------------------------------------------- the stages of a question
 
 
 @dataclass

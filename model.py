@@ -25,6 +25,11 @@ from torch import Tensor, nn
 DEBUG = os.environ.get("LITESTAGE_DEBUG") == "1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3)}
 
 
 class InputError(ValueError):
@@ -47,9 +52,6 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not JSON ({e})") from None
     expect(isinstance(value, dict), f"{path}: expected an object, found {type(value).__name__}")
     return value
-
-LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ def read_number(config: dict, name: str, key: str, kind: type, most, default=Non
     expect(fits, f"{name}: '{key}' must be {wanted}, found {value!r:.60}")
     return kind(value)
 
+
 class Places(NamedTuple):
     """Where the tokens of one forward stand, and what each may attend to."""
 
@@ -226,6 +229,7 @@ class DecoderLayer(nn.Module):
         if not skip_ffn:
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x
+
 
 class Skip(NamedTuple):
     """What one forward leaves out: mask (n_layers, 2) bool, columns attention, FFN, is True for a
@@ -343,10 +347,8 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)  # (bsz, seqlen, dim)
         for i, (layer, skipped) in enumerate(zip(self.layers, mask.tolist())):
             kv = None if cache is None else cache.layers[i]
-            if hook is None:
-                x = layer(x, places, kv, *skipped)
-            else:
-                x = hook(i, layer, x, places, kv, *skipped)
+            run = partial(hook, i, layer) if hook else layer
+            x = run(x, places, kv, *skipped)
         return x
 
     def place(self, seqlen: int, cache: KVCache | None, pos, tails=()) -> Places:
@@ -421,13 +423,6 @@ class Llama(nn.Module):
         return model
 
 
-# ---------------------------------------------------------------- checkpoint files
-
-EMBED = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-INDEX = "model.safetensors.index.json"
-
-
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor name: (stored dtype, shape)} of a file. Raises InputError when it is damaged."""
     try:
@@ -474,9 +469,8 @@ def find_tensors(folder: Path, wanted: dict[str, Tensor], tied: bool) -> dict[st
                 continue
             expect(stored in STORED, f"{file}: '{name}' is {stored}, expected {', '.join(STORED)}")
             expect(name in known, f"{file}: unexpected tensor '{name}' for this config.json")
-            asked = tuple(known[name].shape)
-            shapes = f"is {list(shape)}, config.json asks for {list(asked)}"
-            expect(shape == asked, f"{file}: the shape of '{name}' {shapes}")
+            shapes = f"is {list(shape)}, config.json asks for {list(known[name].shape)}"
+            expect(shape == known[name].shape, f"{file}: the shape of '{name}' {shapes}")
             found[name] = (file, stored)
     missing = [name for name in wanted if name not in found]
     expect(not missing, f"{folder}: missing, {len(missing)} in all: {', '.join(missing[:3])}")

@@ -59,6 +59,7 @@ class Point(NamedTuple):
         """The same with another budget in one stage."""
         return self._replace(budgets=(*self.budgets[:stage], budget, *self.budgets[stage + 1 :]))
 
+
 def meets(trial: dict, target: float) -> bool:
     """Whether a trial ran to its end and is accurate enough."""
     return not trial["abandoned"] and trial["accuracy"] >= target - 1e-9

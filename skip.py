@@ -37,6 +37,7 @@ def whole_layers(layers: Iterable[int], n_layers: int) -> Tensor:
     """The bool mask (n_layers, 2) that skips both sub-layers of the given layers."""
     return mask_of([(layer, sub) for layer in layers for sub in (ATTENTION, FFN)], n_layers)
 
+
 class Importance(NamedTuple):
     """What is known of the sub-layers; see `ImportanceProbe`."""
 
@@ -54,8 +55,7 @@ class ImportanceProbe:
     """
 
     def __init__(self, n_layers: int):
-        sums = torch.zeros(3, n_layers, 2, dtype=torch.float64)
-        self.similarity, self.ratio, self.counts = sums  # counts: of forwards
+        self.similarity, self.ratio, self.counts = torch.zeros(3, n_layers, 2, dtype=torch.float64)
 
     def __call__(self, i, layer, x1, places, kv, skip_attention, skip_ffn) -> Tensor:
         x2 = layer(x1, places, kv, skip_attention, skip_ffn=True)
@@ -134,6 +134,7 @@ def rank_by_loss(loss, seconds: Tensor, most: int, few: int = 3, pool: int = 20)
             ranking.append(left.pop(0))
         measure(left[:pool])
     return ranking + sorted(left, key=prices.get)
+
 
 @dataclass(frozen=True)
 class Setting:

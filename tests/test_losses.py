@@ -12,7 +12,7 @@ from generate import generate
 from model import Llama
 from skip import mask_of, rank, rank_by_loss
 from tools.journal import Journal
-from tools.losses import SkipLoss, rank_stages, skip_loss, sublayer_seconds
+from tools.losses import SharedLoss, SkipLoss, rank_stages, skip_loss, sublayer_seconds
 from tools.setup import answer_all, load
 
 EVERY = [(layer, sub) for layer in range(3) for sub in (0, 1)]
@@ -140,6 +140,25 @@ def test_every_stage_has_its_own_ranking_and_its_own_texts(demo):
         assert loss(mask_of([(0, 1)], 16)) > loss(mask_of([(13, 1)], 16))  # the demo's upper half
 
 
+def test_ranks_share_the_questions_out_and_find_the_same_loss(demo, monkeypatch):
+    import tools.losses
+
+    pipeline, questions, answered = demo
+    mask = mask_of([(0, 1), (2, 0)], 16)
+    alone = SharedLoss(pipeline, 1, questions, answered)
+    assert alone(mask) == pytest.approx(skip_loss(pipeline, 1, questions, answered)(mask))
+    parts = []
+    for number in range(3):  # the third has no question
+        monkeypatch.setattr(tools.losses, "rank", lambda number=number: (number, 3))
+        monkeypatch.setattr(tools.losses, "gather", lambda part: parts.append(part) or [(1.0, 1)])
+        SharedLoss(pipeline, 1, questions, answered)(mask)
+    assert parts[2] == (0.0, 0) and parts[0][1] > 0 and parts[1][1] > 0
+    monkeypatch.setattr(tools.losses, "gather", lambda part: parts)
+    assert alone(mask) == pytest.approx(sum(p[0] for p in parts) / sum(p[1] for p in parts))
+    monkeypatch.undo()
+    assert alone(mask) == pytest.approx(sum(p[0] for p in parts) / sum(p[1] for p in parts))
+
+
 def test_losses_are_measured_once_and_survive(demo, tmp_path, monkeypatch):
     import tools.losses
 
@@ -162,6 +181,7 @@ def test_losses_are_measured_once_and_survive(demo, tmp_path, monkeypatch):
 def test_the_time_of_a_sublayer_is_above_zero(demo):
     pipeline, questions, answered = demo
     said = [[stage.texts for stage in stages] for stages in answered]
-    seconds = sublayer_seconds(pipeline, questions, said)
+    step_s, seconds = sublayer_seconds(pipeline, questions, said)
     assert seconds.shape == (3, 16, 2) and bool((seconds > 0).all())
     assert math.isfinite(seconds.sum().item())
+    assert step_s.shape == (3,) and bool((step_s > 0).all())

@@ -21,6 +21,7 @@ from skip import ATTENTION, FFN, SubLayer, mask_of, rank_by_loss
 from tools.clock import time_steps
 from tools.journal import Journal
 from tools.progress import progress
+from tools.ranks import gather, rank
 
 QUESTIONS = 10  # that losses are measured on: minutes
 ROUNDS = 5  # of timing a sub-layer
@@ -67,6 +68,25 @@ def skip_loss(pipeline: Pipeline, index: int, questions: list[Question], answere
     return SkipLoss(pipeline.model, cache, pos, tokens.clamp(min=0), tokens >= 0)
 
 
+class SharedLoss:
+    """The loss of skipping in stage `index` over all questions, of which each rank has a share."""
+
+    def __init__(self, pipeline: Pipeline, index: int, questions: list[Question], answered):
+        number, world = rank()
+        mine = questions[number::world]
+        self.mine = None  # more ranks than questions
+        if mine:
+            self.mine = skip_loss(pipeline, index, mine, answered[number::world])
+
+    def __call__(self, mask: Tensor) -> float:
+        part = (0.0, 0)  # nats, tokens
+        if self.mine:
+            tokens = int(self.mine.counted.sum())
+            part = (self.mine(mask) * tokens, tokens)
+        nats, tokens = zip(*gather(part))
+        return sum(nats) / sum(tokens)
+
+
 class JournaledLoss:
     """A loss of a mask (n_layers, 2), each measured once and written down."""
 
@@ -90,8 +110,9 @@ class JournaledLoss:
         return self.known[skipped]
 
 
-def sublayer_seconds(pipeline: Pipeline, questions: list[Question], said: list) -> Tensor:
-    """Seconds of each sub-layer in a decoding step of each stage: (stages, n_layers, 2).
+def sublayer_seconds(pipeline: Pipeline, questions: list[Question], said: list):
+    """Seconds of a decoding step of each stage, (stages,), and of each sub-layer in it, (stages,
+    n_layers, 2).
 
     All layers have the same shape, so attention takes what a step without any saves, by layer; the
     same for FFNs. said: for each question the texts of its stages.
@@ -106,7 +127,7 @@ def sublayer_seconds(pipeline: Pipeline, questions: list[Question], said: list) 
         rounds.append(time_steps(pipeline, questions[i], said[i], [masks] * len(STAGES)))
     step_s = torch.tensor(rounds).nanmedian(0).values  # (stages, masks)
     saved = (step_s[:, :1] - step_s[:, 1:]).clamp(min=1e-7) / n_layers  # (stages, 2)
-    return saved[:, None].expand(-1, n_layers, -1)
+    return step_s[:, 0], saved[:, None].expand(-1, n_layers, -1)
 
 
 def whole(stage: StageResult) -> bool:
@@ -130,11 +151,11 @@ def rank_stages(
     expect(bool(few), "--ranking loss: the full model says nothing that fits the context")
     said = [[stage.texts for stage in stages] for stages in by_full]
     if not journal.find("sublayer_s"):
-        journal.append("sublayer_s", sublayer_seconds(pipeline, few, said).tolist())
+        journal.append("sublayer_s", sublayer_seconds(pipeline, few, said)[1].tolist())
     seconds = torch.tensor(journal.find("sublayer_s")[0])
     rankings = []
     for index, stage in enumerate(STAGES):
-        loss = skip_loss(pipeline, index, few, by_full)
+        loss = SharedLoss(pipeline, index, few, by_full)
         with progress(desc=f"losses, {stage.name}", unit="loss") as bar:
             measured = JournaledLoss(loss, stage.name, journal, bar)
             most = round(SHARE * 2 * pipeline.model.args.n_layers)

@@ -1,6 +1,6 @@
 """A local search around what the greedy one chose: one stage may give what another takes. (Ours.)
 
-    python search.py --limit 20 --step 8 --refine 1
+python search.py --limit 20 --step 8 --refine 1
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Which runs eval.py makes: its plans', or with --compare those of every method.
 
-    python eval.py --compare 4,8,12 --limit 50
+python eval.py --compare 4,8,12 --limit 50
 """
 
 from typing import NamedTuple
