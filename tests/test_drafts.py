@@ -263,6 +263,10 @@ def test_the_drafted_run_comes_last_and_changes_no_text(asked):
     shares = [stage["accepted"] for stage in drafted["stages"]]
     assert shares[1] is None and all(0 <= share <= 1 for share in shares[::2])
     assert "drafts 3,0,2, accepted" in printed and "texts changed in 0 of 4" in printed
+    by_all = full["macs"]
+    a_round = 3 * lite["stages"][0]["macs"] + 4 * by_all  # three drafts, then four tokens verified
+    assert drafted["stages"][0]["macs"] == pytest.approx(a_round / (1 + 3 * shares[0]))
+    assert drafted["stages"][1]["macs"] == by_all < drafted["macs"]
 
 
 def test_a_search_for_drafts_writes_a_plan_that_drafts(asked, tmp_path):

@@ -120,11 +120,17 @@ def describe_stage(stages: list[StageResult], count: int = 0) -> dict:
 
 def count_multiply_adds(shape: ModelArgs, entry: dict) -> None:
     """Adds "macs" to a run and to its stages: multiply-adds of a decoded token, in the mean over
-    the tokens of the stage, or of all stages."""
+    the tokens of the stage, or of all stages. A round of drafts runs each draft, then these and the
+    token before them by all layers, and says what was accepted and one token more."""
     total = 0.0
-    for stage in entry["stages"]:
+    for i, stage in enumerate(entry["stages"]):
         skipped = stage["skipped_sublayers"]
         stage["macs"] = multiply_adds(shape, entry["method"], skipped, stage["skipped_ffn"])
+        if stage["accepted"] is not None:
+            count = entry["draft"][i]
+            by_all = multiply_adds(shape, "full", 0, 0)
+            drafting = (count + 1) * stage["macs"] - by_all  # a step of the mean is the verifying
+            stage["macs"] = (drafting + (count + 1) * by_all) / (1 + count * stage["accepted"])
         total += stage["macs"] * stage["tokens"]
     tokens = sum(stage["tokens"] for stage in entry["stages"])
     entry["macs"] = total / tokens if tokens else None
