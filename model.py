@@ -347,8 +347,9 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)  # (bsz, seqlen, dim)
         for i, (layer, skipped) in enumerate(zip(self.layers, mask.tolist())):
             kv = None if cache is None else cache.layers[i]
-            run = partial(hook, i, layer) if hook else layer
-            x = run(x, places, kv, *skipped)
+            if hook:
+                layer = partial(hook, i, layer)
+            x = layer(x, places, kv, *skipped)
         return x
 
     def place(self, seqlen: int, cache: KVCache | None, pos, tails=()) -> Places:

@@ -185,8 +185,7 @@ def unified(setting: Setting, budget: int) -> Tensor:
 
 def early_exit(setting: Setting, budget: int) -> Tensor:
     """Early exit as AdaSkip (2501.02336) compares it: the last layers, at every step."""
-    n_layers = setting.n_layers
-    return whole_layers(range(n_layers - budget // 2, n_layers), n_layers)
+    return whole_layers(range(setting.n_layers - budget // 2, setting.n_layers), setting.n_layers)
 
 
 def skipdecode(setting: Setting, budget: int) -> Callable[[int], Tensor]:
