@@ -1,12 +1,13 @@
 """How fast the decoder is: against the memory's limit, the plain model, transformers and llama.cpp.
 
-Random weights of a given shape, made in memory. Ours is the packed model of tools/fast.py; plain is
-model.py's. transformers and llama-cpp-python are measured on the same weights where they are
-installed (llama.cpp also needs `gguf`, and reads a temporary file).
-Whatever is compared takes turns in this one process, run after run, after a run that warms up.
-Printed are medians and half the distance of the quartiles. Not part of the tests.
+Random weights of a given shape, made in memory, or a checkpoint's. Ours is the packed model of
+tools/fast.py; plain is model.py's. transformers and llama-cpp-python are measured on the same
+weights where they are installed (llama.cpp also needs `gguf`, and reads a temporary file). Whatever
+is compared takes turns in this one process, run after run, after a run that warms up. Printed are
+medians and half the distance of the quartiles. Not part of the tests.
 
     python -m tests.bench decoding skipping --layers 16 --dtype float32
+    python -m tests.bench profile decoding --model demo --dtype float32
 """
 
 import os
@@ -33,6 +34,7 @@ from tools import fast  # noqa: E402
 from tools.command import run  # noqa: E402
 from tools.flags import make_parser, positive  # noqa: E402
 from tools.progress import progress  # noqa: E402
+from tools.setup import find_checkpoint  # noqa: E402
 
 TINYLLAMA = {
     "model_type": "llama",
@@ -49,6 +51,7 @@ TINYLLAMA = {
 }
 CONTEXTS, STEPS, BUDGETS = (64, 512, 2048), 16, (4, 8, 12, 16, 20, 24, 30)
 SLOW = 5  # the most rounds of what takes long: prefill and the stages
+MOST_OPERATORS = 14  # lines of the profile
 RECALL, ANALYZE, SUMMARIZE = STEPS, STEPS, 8  # tokens that each stage generates
 # Continues a prompt by n tokens: (their ids, seconds of the prefill, seconds of a decoding step).
 Decoder = Callable[[list[int], int], tuple[list[int], float, float]]
@@ -322,6 +325,32 @@ def measure_decoding(model: Llama, decoders: dict[str, Decoder], bytes_read: int
         print(f"context {first} to {n}: {more:+.1%} time; {why}")
 
 
+def measure_profile(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
+    """Where a decoding step's time goes: milliseconds in each operator, less those that it calls,
+    of the packed model; for one row and for five."""
+    for n_rows in (1, 5):
+        prompt = prompt_of(CONTEXTS[0], model.args)
+        rows = list(range(n_rows))
+        stepper = Stepper(model)
+        groups = [(KVCache(model, 1, 0), [[*prompt, row] for row in rows])]
+        stepper.start(groups, 3 * STEPS, None)
+        for _ in range(STEPS):
+            stepper.step(None, rows)
+        step_s = median(stepper.step_s)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(STEPS):
+                stepper.step(None, rows)
+        operators = sorted(profile.key_averages(), key=lambda op: -op.self_cpu_time_total)
+        total_ms = sum(op.self_cpu_time_total for op in operators) / STEPS / 1e3
+        print(
+            f"\na step of {n_rows}: {1e3 * step_s:.2f} ms; operators, profiled: {total_ms:.2f} ms"
+        )
+        for op in operators[:MOST_OPERATORS]:
+            ms = op.self_cpu_time_total / STEPS / 1e3
+            calls = op.count / STEPS
+            print(f"{op.key:<40.39}{calls:>7.0f} calls{ms:>9.3f} ms{ms / total_ms:>6.0%}")
+
+
 def measure_skipping(model: Llama, decoders: dict[str, Decoder], bytes_read: int, rounds: int):
     """The speed-up of skipping k sub-layers, the last first, against the ideal by bytes."""
     args, decode = model.args, decoders["ours"]
@@ -388,6 +417,7 @@ def measure_stages(model: Llama, decoders: dict[str, Decoder], bytes_read: int, 
 
 
 MEASURES = {
+    "profile": measure_profile,
     "decoding": measure_decoding,
     "skipping": measure_skipping,
     "prefill": measure_prefill,
@@ -405,27 +435,43 @@ def main() -> None:
         "--shape", default="tinyllama", help="tinyllama (default), demo or a config.json"
     )
     parser.add_argument(
+        "--model", help="a checkpoint folder, hub id or demo: its weights (default: random ones)"
+    )
+    parser.add_argument(
         "--layers", type=positive, help="fewer layers of the same width (default: all)"
     )
     parser.add_argument("--rounds", type=positive, default=9, help="(default: %(default)s)")
-    parser.add_argument("parts", nargs="*", help=f"what to measure (default: {' '.join(MEASURES)})")
+    usual = [part for part in MEASURES if part != "profile"]
+    parser.add_argument(
+        "parts", nargs="*", help=f"what to measure, or profile (default: {' '.join(usual)})"
+    )
     options = parser.parse_args()
-    parts = options.parts or list(MEASURES)
+    parts = options.parts or usual
     expect(set(parts) <= set(MEASURES), f"parts: expected some of {', '.join(MEASURES)}")
     cuda = torch.cuda.is_available()
     known = options.device == "cpu" or (cuda and options.device.startswith("cuda"))
     expect(known, f"--device: no such device here, found {options.device!r}")
-    config = shape_of(options.shape, options.layers)
+    folder = options.model and find_checkpoint(options.model)
+    if folder:
+        whole = options.layers is None
+        expect(whole, "--layers: of random weights only; a checkpoint keeps all its layers")
+    shape = str(folder / "config.json") if folder else options.shape
+    config = shape_of(shape, options.layers)
     args = ModelArgs.from_config(config)
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     torch.manual_seed(options.seed)
     bytes_read = weights_per_token(args, dtype, args.n_layers, args.n_layers)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = random_llama(args, dtype, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder:
+            plain = Llama.from_pretrained(folder, device, dtype)
+            plain.args = args  # with room for the longest context
+        else:
+            plain = random_llama(args, dtype, device)
         model = packed_like(plain)
-        describe(options.shape, model, bytes_read)
+        describe(options.model or options.shape, model, bytes_read)
         decoders = {"ours": ours(model), "plain": ours(plain)}
-        decoders |= others(config, dict(plain.tensors()), dtype, device, folder)
+        if parts != ["profile"]:
+            decoders |= others(config, dict(plain.tensors()), dtype, device, scratch)
         for part in parts:
             MEASURES[part](model, decoders, bytes_read, max(options.rounds, 2))
 
