@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     asked = read_asked(args.data, args.split, args.limit, args.shots, args.shots_file)
     pipeline = load_asked(args, asked)
-    wanted = Wanted(args.plan or [], granularity=args.granularity, compare=True)
+    wanted = Wanted(args.plan or [], granularity=args.granularity, compare=not args.plan)
     plans = configure(pipeline, args.model, wanted, asked)
     questions, answered = [], []
     for question, stages in zip(asked.questions, answer_all(pipeline, asked.questions)):
