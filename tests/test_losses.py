@@ -1,5 +1,6 @@
 """The ranking by loss: nats per token and time that a sub-layer costs, on top of others."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from data.prompts import STAGES
 from data.questions import read_questions
 from generate import generate
 from model import Llama
-from skip import mask_of, rank, rank_by_loss
+from skip import Importance, Setting, mask_of, rank, rank_by_loss
 from tools.journal import Journal
 from tools.losses import SharedLoss, SkipLoss, rank_stages, skip_loss, sublayer_seconds
 from tools.setup import answer_all, load
@@ -185,3 +186,31 @@ def test_the_time_of_a_sublayer_is_above_zero(demo):
     assert seconds.shape == (3, 16, 2) and bool((seconds > 0).all())
     assert math.isfinite(seconds.sum().item())
     assert step_s.shape == (3,) and bool((step_s > 0).all())
+
+
+def test_rankings_are_compared_at_the_same_time_saved(tmp_path, monkeypatch, capsys):
+    from tools import rankings
+
+    plans = [str(ROOT / "data/demo" / name) for name in ("plan.json", "plan-loss.json")]
+    file = tmp_path / "rankings.json"
+    argv = ["rankings", "--limit", "1", "--plan", *plans, "--json", str(file), "--threads", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(rankings, "SHARES", (0.1, 0.3))
+    rankings.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["ranking"] for row in rows] == ["similarity", "loss"] * 2
+    assert all(len(row["loss"]) == 3 and min(row["loss"]) >= -1e-6 for row in rows)
+    for less, more in zip(rows[:2], rows[2:]):  # more time saved, more sub-layers skipped
+        assert all(0 < few < many for few, many in zip(less["budgets"], more["budgets"]))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5 and max(map(len, printed)) <= 80
+
+
+def test_a_budget_saves_at_least_its_share():
+    from tools.rankings import budget_saving
+
+    ranking = [[(0, 0), (1, 1), (1, 0), (0, 1)]]
+    setting = Setting(Importance(torch.zeros(2, 2), torch.ones(2, 2)), ranking)
+    seconds = torch.tensor([[0.1, 0.4], [0.1, 0.2]])  # skipped in turn: 0.1, 0.3, 0.4, 0.8
+    found = [budget_saving(share, setting, 1.0, seconds) for share in (0.0, 0.1, 0.2, 0.35, 0.9)]
+    assert found == [0, 1, 2, 3, 4]
