@@ -15,9 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_everything_linked_or_shown_is_there():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "figures/README.md", "data/demo/README.md"])
+def test_everything_linked_or_shown_is_there(page):
+    links = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text())
+    assert links
+    for target in links:
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def example_with(text: str) -> str:
