@@ -7,7 +7,7 @@ is compared takes turns in this one process, run after run, after a run that war
 medians and half the distance of the quartiles. Not part of the tests.
 
     python -m tests.bench decoding skipping --layers 16 --dtype float32
-    python -m tests.bench profile decoding --model demo --dtype float32
+    python -m tests.bench profile decoding --model demo --dtype float32 --compile
 """
 
 import os
@@ -81,13 +81,14 @@ def random_llama(args: ModelArgs, dtype, device) -> Llama:
     return model
 
 
-def packed_like(plain: Llama) -> Llama:
-    """The packed model of the same weights. What is not packed is one and the same memory."""
+def packed_like(plain: Llama, best: type | None = None) -> Llama:
+    """The packed model of the same weights. What is not packed is one and the same memory. best: as
+    in `fast.pack`."""
     with torch.device("meta"):
         model = Llama(plain.args)
     model.load_state_dict(plain.state_dict(), assign=True)
     model.tie()
-    return fast.pack(model.requires_grad_(False).eval())
+    return fast.pack(model.requires_grad_(False).eval(), best)
 
 
 def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:
@@ -101,12 +102,13 @@ def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:
 # ---------------------------------------------------------------- what is compared
 
 
-def ours(model: Llama) -> Decoder:
+def ours(stepper: Stepper) -> Decoder:
     def decode(prompt, n, cache=None, skip=None):
-        cache = cache or KVCache(model, 1, 0)
-        done = generate_batch(Stepper(model), [(cache, [prompt])], Until(n), skip)[0]
+        cache = cache or KVCache(stepper.model, 1, 0)
+        done = generate_batch(stepper, [(cache, [prompt])], Until(n), skip)[0]
         return done.ids, done.timings.prefill_s, sum(done.timings.step_s) / max(n - 1, 1)
 
+    decode.stepper = stepper
     return decode
 
 
@@ -398,16 +400,21 @@ def measure_stages(model: Llama, decoders: dict[str, Decoder], bytes_read: int, 
     the straightforward pipeline calls generate six times, each time prefilling anew."""
     ids = prompt_of(64, model.args)
 
-    def together(cache):
-        def extend(prompts, n):
-            return [row.ids for row in generate_batch(Stepper(model), [(cache, prompts)], Until(n))]
+    def together(stepper):
+        cache = KVCache(model, 1, 0)
 
-        return extend
+        def extend(prompts, n):
+            return [row.ids for row in generate_batch(stepper, [(cache, prompts)], Until(n))]
+
+        three_stages(extend, ids)
 
     def alone(decode):
         return lambda prompts, n: [decode(prompt, n)[0] for prompt in prompts]
 
-    functions = {"ours": lambda: three_stages(together(KVCache(model, 1, 0)), ids)}
+    functions = {}
+    for name in ("ours", "ours, compiled"):
+        if name in decoders:
+            functions[name] = partial(together, decoders[name].stepper)
     for name, decode in decoders.items():
         functions[f"{name}, six calls"] = partial(three_stages, alone(decode), ids)
     title = f"one question of three stages: {RECALL} + 4 x {ANALYZE} + {SUMMARIZE} tokens"
@@ -440,6 +447,9 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=positive, help="fewer layers of the same width (default: all)"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled steps, too: --compile of the commands"
+    )
     parser.add_argument("--rounds", type=positive, default=9, help="(default: %(default)s)")
     usual = [part for part in MEASURES if part != "profile"]
     parser.add_argument(
@@ -469,7 +479,10 @@ def main() -> None:
             plain = random_llama(args, dtype, device)
         model = packed_like(plain)
         describe(options.model or options.shape, model, bytes_read)
-        decoders = {"ours": ours(model), "plain": ours(plain)}
+        decoders = {"ours": ours(Stepper(model)), "plain": ours(Stepper(plain))}
+        if options.compile:
+            dense = packed_like(plain, fast.Product)
+            decoders["ours, compiled"] = ours(fast.RecordedStepper(model, dense))
         if parts != ["profile"]:
             decoders |= others(config, dict(plain.tensors()), dtype, device, scratch)
         for part in parts:

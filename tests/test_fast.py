@@ -16,10 +16,11 @@ from conftest import BASE, load_packed
 from safetensors.torch import load_file, save_file
 from test_model import KINDS, every_kind, greedy, random_tokens, relative
 
+from generate import Stepper, Until, generate_batch
 from model import KVCache, Llama, ModelArgs, Skip
 from skip import ImportanceProbe, mask_of
 from tools import fast
-from tools.fast import FBGEMMProduct, OneDNNProduct, Product, best_product, pack
+from tools.fast import FBGEMMProduct, OneDNNProduct, Product, RecordedStepper, best_product, pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACKED = (OneDNNProduct, FBGEMMProduct)
@@ -241,3 +242,37 @@ def test_weights_that_float16_cannot_hold_are_not_packed_as_such(monkeypatch):
         weight = torch.zeros((8, 8), dtype=torch.bfloat16)
         weight[3, 5] = large
         assert best_product(weight) is Product
+
+
+# ---------------------------------------------------------------- compiled steps
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    why = fast.why_not_compiled()
+    if why is not None:
+        pytest.skip(f"no C++ compiler: {why}")
+
+
+def test_compiled_steps_decode_the_same_tokens(folder, compiler):
+    """What --compile makes of a CPU's steps: for each skip set its own function, found again."""
+    packed = load_packed(folder)
+    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), Product))
+    prompts = [random_tokens(n, vocab=packed.args.vocab_size).tolist() for n in (9, 5)]
+    for skip in (mask_of([(0, 0), (2, 1)], 3), None, mask_of([(0, 0), (2, 1)], 3)):
+        for rows in ([prompts[0]], prompts):
+            found, expected = [
+                generate_batch(each, [(KVCache(packed, 1, 0), rows)], Until(12), skip)
+                for each in (stepper, Stepper(packed))
+            ]
+            assert [row.ids for row in found] == [row.ids for row in expected]
+            for row, other in zip(found, expected):
+                assert row.confidences == pytest.approx(other.confidences, rel=1e-4)
+    assert [len(step.recorded) for step in stepper.recorded.values()] == [2, 2]
+
+
+def test_a_skip_set_of_another_shape_is_not_compiled(folder):
+    packed = load_packed(folder)
+    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), Product))
+    with pytest.raises(ValueError, match="skip: expected"):
+        generate_batch(stepper, [(KVCache(packed, 1, 0), [[5, 6]])], Until(4), mask_of([], 2))

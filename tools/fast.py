@@ -1,4 +1,4 @@
-"""Speed, apart from the method: faster modules in the place of model.py's, recorded steps on a GPU.
+"""Speed, apart from the method: faster modules in the place of model.py's, recorded steps.
 
 `pack(model)` replaces the plain layers of a loaded model by fast ones, for inference alone. They
 compute the same: several matrices that share their input are one product, on weights laid out as
@@ -9,8 +9,10 @@ together. Nothing here is LiteStage's; tests/bench.md has what it gains.
     print(pack(Llama.from_pretrained('data/demo/model')))"
 """
 
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +32,27 @@ from model import (
 )
 
 PACK_FROM = 1 << 18  # elements; below, calling oneDNN costs more than it saves
+COMPILE = {"cpp_wrapper": True, "freezing": True}  # no interpreter; weights are constants
+UNGUARDED = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+PAD_FROM = 1 << 22  # elements; below, more rows cost what reading faster saves
 
 # ---------------------------------------------------------------- products
 
 
-class Product:
+class Product(nn.Module):
     """x (..., in) -> x @ weight.T + bias, on the weight as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             weight = weight.t().contiguous().t()  # a fifth faster where the weight is not in cache
-        self.weight = weight
-        self.bias = bias
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    __call__ = forward  # without nn.Module's hooks: half a microsecond, 190 times a token
 
 
 class OneDNNProduct:
@@ -54,8 +62,10 @@ class OneDNNProduct:
         avx512 = torch.cpu._is_avx512_supported()
         amx = torch.cpu._is_amx_tile_supported()
         # Without AVX-512 oneDNN is fastest when told that it is for one row. With it (but without
-        # AMX) six rows fill its registers, and it reads weights faster for six than for fewer.
-        self.fewest = 6 if avx512 and not (weight.dtype != torch.float32 and amx) else 1
+        # AMX) six rows fill its registers, and it reads a large weight faster for six than for
+        # fewer.
+        fills = avx512 and not (weight.dtype != torch.float32 and amx)
+        self.fewest = 6 if fills and weight.numel() >= PAD_FROM else 1
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None if avx512 else 1)
         self.bias = bias
 
@@ -83,15 +93,16 @@ class FBGEMMProduct:
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
 
-def product(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """One product for matrices that share their input; gives their outputs side by side."""
+def product(*linears: nn.Linear, best=None) -> Callable[[Tensor], Tensor]:
+    """One product for matrices that share their input; gives their outputs side by side. best: a
+    class above, None: the fastest."""
     weight = linears[0].weight
     if len(linears) > 1:
         weight = torch.cat([linear.weight for linear in linears])
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
-    return best_product(weight)(weight, bias)
+    return (best or best_product(weight))(weight, bias)
 
 
 def best_product(weight: Tensor) -> type:
@@ -121,21 +132,25 @@ class FastNorm(nn.Module):
         super().__init__()
         self.eps = plain.eps
         self.weight = plain.weight
+        self.twice = torch.cat((plain.weight, plain.weight))
         self.dim = len(plain.weight)
         self.shape = (2 * self.dim,)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(torch.cat((x, -x), -1), self.shape, eps=self.eps)
-        return normed[..., : self.dim] * self.weight
+        if torch.compiler.is_compiling():  # it fuses the six itself
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        both = torch.cat((x, -x), -1)  # (..., 2 * dim)
+        normed = F.layer_norm(both, self.shape, self.twice, eps=self.eps)
+        return normed.narrow(-1, 0, self.dim)
 
-    __call__ = forward  # without nn.Module's hooks: half a microsecond, 130 times a token
+    __call__ = forward
 
 
 class FastLayer(nn.Module):
     """A decoder layer on packed products; its parts have the names they have in
-    `model.DecoderLayer`, so that a hook may call them."""
+    `model.DecoderLayer`, so that a hook may call them. best: as in `product`."""
 
-    def __init__(self, plain: DecoderLayer):
+    def __init__(self, plain: DecoderLayer, best: type | None = None):
         super().__init__()
         attention = plain.self_attn
         self.head_dim = attention.head_dim
@@ -144,10 +159,10 @@ class FastLayer(nn.Module):
         self.half = attention.head_dim // 2
         self.input_layernorm = FastNorm(plain.input_layernorm)
         self.post_attention_layernorm = FastNorm(plain.post_attention_layernorm)
-        self.qkv_proj = product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = product(attention.o_proj)
-        self.gate_up_proj = product(plain.mlp.gate_proj, plain.mlp.up_proj)
-        self.down_proj = product(plain.mlp.down_proj)
+        self.qkv_proj = product(attention.q_proj, attention.k_proj, attention.v_proj, best=best)
+        self.o_proj = product(attention.o_proj, best=best)
+        self.gate_up_proj = product(plain.mlp.gate_proj, plain.mlp.up_proj, best=best)
+        self.down_proj = product(plain.mlp.down_proj, best=best)
 
     def forward(self, x: Tensor, places: Places, kv=None, skip_attention=False, skip_ffn=False):
         if not skip_attention:
@@ -211,16 +226,17 @@ class MappedEmbedding(nn.Module):
 
 
 @torch.no_grad()
-def pack(model: Llama) -> Llama:
+def pack(model: Llama, best: type | None = None) -> Llama:
     """Puts fast modules in the place of a loaded model's plain ones, and returns it.
 
     One module at a time, so that the weights are never there twice. For inference alone: the packed
-    weights have no gradient, and `model.tensors` finds them no more. (Ours.)
+    weights have no gradient, and `model.tensors` finds them no more. best: the class of all its
+    products; None: for each the fastest. (Ours.)
     """
     for i in range(len(model.layers)):
-        model.layers[i] = FastLayer(model.layers[i])  # no variable keeps the plain one alive
+        model.layers[i] = FastLayer(model.layers[i], best)  # no variable keeps the plain one alive
     model.norm = FastNorm(model.norm)
-    best = best_product(model.lm_head.weight)
+    best = best or best_product(model.lm_head.weight)
     if best is not Product or not model.args.tied:
         model.lm_head = FastHead(model.lm_head)
         if model.args.tied and model.folder is not None:
@@ -239,17 +255,40 @@ def map_embedding(model: Llama) -> Tensor:
 # ---------------------------------------------------------------- recorded steps
 
 
+def compiled(step: Callable[[], None]) -> Callable[[], None]:
+    """A function as C++, by torch.compile: pointwise operators are fused, and weights are constants
+    of it, packed for this processor. It is called once here. Nothing is checked when it is called
+    again, so all that it reads and writes must stay where it is, and of the shape it has now."""
+    step.__code__ = step.__code__.replace()  # results are kept by code: each has its own
+    function = torch.compile(step, fullgraph=True, dynamic=False, options=UNGUARDED)
+    with torch._inductor.config.patch(COMPILE):  # it is there since torch.compile was called
+        function()
+    return function
+
+
+@torch.inference_mode()
+def why_not_compiled() -> str | None:
+    """What keeps `compiled` from working on this machine, in a few words; None: nothing."""
+    x = torch.zeros(8)
+    try:
+        compiled(lambda: x.add_(1))
+    except Exception as e:  # no compiler, no headers, no place to write to: PyTorch has many names
+        return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:80]
+    return None
+
+
 class StaticStep:
     """A decoding step whose tensors stay where they are and keep their shapes, token after token.
 
     That is what a CUDA graph needs: on a GPU the step is recorded once for each skip set and then
-    replayed without the interpreter; elsewhere it just runs, to the same tokens. It attends to all
-    of its own cache, (bsz, ..., size, ...), under a mask. Its results are `tokens` and
-    `confidences`, each (bsz, 1).
+    replayed without the interpreter. A CPU's is compiled if `compiles`, else it just runs; all to
+    the same tokens. It attends to all of its own cache, (bsz, ..., size, ...), under a mask. Its
+    results are `tokens` and `confidences`, each (bsz, 1).
     """
 
-    def __init__(self, model: Llama, bsz: int, size: int):
+    def __init__(self, model: Llama, bsz: int, size: int, compiles: bool = False):
         self.model = model
+        self.compiles = compiles
         self.cache = KVCache(model, bsz, size, pad=[1] * bsz)
         self.tokens = torch.zeros(bsz, 1, dtype=torch.long, device=model.device)
         self.pos = torch.zeros(bsz, dtype=torch.long, device=model.device)
@@ -273,15 +312,36 @@ class StaticStep:
         return self.recorded[key]
 
     def run(self, skip: Tensor | None) -> None:
-        logits = self.model(self.tokens, self.cache, self.pos, skip)
+        self.take(self.model(self.tokens, self.cache, self.pos, skip))
+
+    def take(self, logits: Tensor) -> None:
         tokens, confidences = pick(logits)
         self.tokens.copy_(tokens)
         self.confidences.copy_(confidences)
         self.pos += 1
 
+    def compile(self, skip: Tensor | None) -> Callable[[], None]:
+        """The step as one function of C++; `load` sets anew what compiling it has changed."""
+        self.run(skip)  # a skip set of another shape is refused here
+        if skip is None:
+            skip = torch.zeros(len(self.cache.layers), 2, dtype=torch.bool)
+        skipped = skip.tolist()
+        return compiled(lambda: self.unrolled(skipped))
+
+    def unrolled(self, skipped: list[list[bool]]) -> None:
+        """`run`, as a compiler can read it: what is skipped are numbers, not a tensor."""
+        model = self.model
+        places = model.place(1, self.cache, self.pos)
+        x = model.embed_tokens(self.tokens)  # (bsz, 1, dim)
+        for layer, kv, (attention, ffn) in zip(model.layers, self.cache.layers, skipped):
+            x = layer(x, places, kv, attention, ffn)
+        self.take(model.lm_head(model.norm(x)))
+
     def record(self, skip: Tensor | None) -> Callable[[], None]:
+        if self.compiles:
+            return self.compile(skip)
         if self.model.device.type != "cuda":
-            return lambda: self.run(skip)
+            return partial(self.run, skip)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up, which no graph may record
@@ -296,11 +356,13 @@ class StaticStep:
 class RecordedStepper(Stepper):
     """A stepper that replays recorded steps where every step skips the same and is greedy.
 
-    Finished rows stay in the batch: on a GPU they cost next to nothing.
+    Finished rows stay in the batch: on a GPU they cost next to nothing. dense: the same model by
+    `pack(model, Product)`, whose steps are compiled, on a CPU.
     """
 
-    def __init__(self, model: Llama):
+    def __init__(self, model: Llama, dense: Llama | None = None):
         super().__init__(model)
+        self.dense = dense
         self.recorded: dict[tuple[int, int], StaticStep] = {}  # by rows and slots
         self.now: StaticStep | None = None  # None: this batch decodes as usual
 
@@ -321,10 +383,12 @@ class RecordedStepper(Stepper):
         self.rows = list(range(len(lengths)))
         if not lengths or callable(skip) or isinstance(skip, Skip | Draft):
             return
-        size = (max(lengths) + room + 255) // 256 * 256  # few sizes, so few recordings
+        grid = 256 if self.dense is None else 128  # few sizes, so few recordings
+        size = math.ceil((max(lengths) + room) / grid) * grid
         key = (len(lengths), size)
         if key not in self.recorded:
-            self.recorded[key] = StaticStep(self.model, *key)
+            compiles = self.dense is not None
+            self.recorded[key] = StaticStep(self.dense or self.model, *key, compiles)
         self.now = self.recorded[key]
         self.now.under(skip)
 

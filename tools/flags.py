@@ -188,7 +188,10 @@ FLAGS = {
         metavar="N",
     ),
     "--compile": Flag(
-        "replay decoding steps as CUDA graphs, where a skip set stays the same", False, bool
+        "decoding steps as CUDA graphs or, on a CPU, as C++, compiled for each skip set in half a "
+        "minute",
+        False,
+        bool,
     ),
     "--plain": Flag("the plain model of model.py, as it is read, not the packed one", False, bool),
     "--max-new-tokens": Flag("the most that one generation may have", 64, positive, "N"),

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from generate import Exit, Pipeline, StageResult, importance_of
 from model import DTYPES, InputError, KVCache, Llama, expect, weight_files
 from skip import Importance
-from tools.fast import FastLayer, RecordedStepper, pack
+from tools.fast import FastLayer, Product, RecordedStepper, pack, why_not_compiled
 from tools.journal import Journal
 from tools.plan import (
     ROOT,
@@ -79,7 +79,7 @@ def load(
 
     model: "demo", a folder, or a hub id. dtype: "float32", "bfloat16", "float16"; None: as stored.
     threads: of the CPU; None: one or all, whichever decodes faster now, unless OMP_NUM_THREADS is
-    set. shots: worked examples before each prompt. compile: replay decoding steps as CUDA graphs.
+    set. shots: worked examples before each prompt. compile: decoding steps as CUDA graphs or C++.
     plain: the model as model.py has it, not packed for speed. Raises InputError.
     """
     folder = find_checkpoint(model)
@@ -95,15 +95,30 @@ def load(
         llama = pack(llama)
     set_threads(llama, threads)
     pipeline = Pipeline(llama, tokenizer, max_new_tokens, shots)
-    if compile and place.type != "cuda":
-        note("--compile: no CUDA graphs without --device cuda; decoding as usual")
-    elif compile:
+    if compile and place.type == "cuda":
         pipeline.stepper = RecordedStepper(llama)
+    elif compile:
+        compile_steps(pipeline, folder)
     return pipeline
 
 
-def load_asked(args, asked: "Asked") -> Pipeline:
-    """`load` with a command's flags, MODEL_FLAGS, to ask these questions."""
+def compile_steps(pipeline: Pipeline, folder: Path) -> None:
+    """Has a pipeline's decoding steps compiled, or says why not. (On a CPU.)"""
+    why = why_not_compiled()
+    if why is not None:
+        note(f"--compile: no working C++ compiler ({why}); decoding as usual")
+        return
+    note("--compile: half a minute for each skip set and number of rows when it first comes")
+    check_memory(folder, pipeline.model.device)
+    dense = Llama.from_pretrained(folder, dtype=pipeline.model.dtype)
+    pipeline.stepper = RecordedStepper(pipeline.model, pack(dense, Product))
+
+
+def load_asked(args, asked: "Asked", few: bool = True) -> Pipeline:
+    """`load` with a command's flags, MODEL_FLAGS, to ask these questions. few: skip sets come, so
+    that a CPU may compile a step for each."""
+    if args.compile and args.device == "cpu" and not few:
+        note("--compile: too many skip sets to compile a step for each; decoding as usual")
     pipeline = load(
         model=args.model,
         device=args.device,
@@ -112,7 +127,7 @@ def load_asked(args, asked: "Asked") -> Pipeline:
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
         shots=asked.shots,
-        compile=args.compile,
+        compile=args.compile and (few or args.device != "cpu"),
         plain=args.plain,
     )
     check_lengths(pipeline, asked)

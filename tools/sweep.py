@@ -33,7 +33,7 @@ def main() -> None:
     parser.set_defaults(json=Path("sweep.json"))
     args = parser.parse_args()
     asked = read_asked(args.data, args.split, args.limit, args.shots, args.shots_file)
-    pipeline = load_asked(args, asked)
+    pipeline = load_asked(args, asked, few=False)
     wanted = Wanted(args.plan or [], granularity=args.granularity, compare=True)
     plans = configure(pipeline, args.model, wanted, asked)
     nothing = [0] * len(STAGES)

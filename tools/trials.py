@@ -195,7 +195,7 @@ class Session:
         args = self.args
         asked = read_asked(args.data, "valid", args.limit, args.shots, args.shots_file)
         self.questions = asked.questions
-        self.pipeline = load_asked(args, asked)
+        self.pipeline = load_asked(args, asked, few=False)
         n_sublayers = 2 * self.pipeline.model.args.n_layers
         args.max_budget = args.max_budget or n_sublayers - 2
         wanted = f"--max-budget {args.max_budget}: the model has {n_sublayers} sub-layers"

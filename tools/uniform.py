@@ -32,7 +32,7 @@ def main() -> None:
     parser.set_defaults(granularity="sublayer", exit_window=Exit().window)
     args = parser.parse_args()
     asked = read_asked(args.data, "valid", args.limit, args.shots, args.shots_file)
-    pipeline = load_asked(args, asked)
+    pipeline = load_asked(args, asked, few=False)
     n_sublayers = 2 * pipeline.model.args.n_layers
     plan = read_plan(args.out, pipeline.model.folder, n_sublayers // 2)
     stored = read_json(args.out)
