@@ -9,9 +9,11 @@ together. Nothing here is LiteStage's; tests/bench.md has what it gains.
     print(pack(Llama.from_pretrained('data/demo/model')))"
 """
 
+import io
 import math
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
 
 import torch
@@ -33,6 +35,13 @@ from model import (
 
 PACK_FROM = 1 << 18  # elements; below, calling oneDNN costs more than it saves
 COMPILE = {"cpp_wrapper": True, "freezing": True}  # no interpreter; weights are constants
+# In float32 PyTorch would take MKL's products, slow on other processors than Intel's, unless it may
+# write its own. In half precision it takes oneDNN's, which are better than what it writes.
+OWN = {
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "max_autotune_report_choices_stats": False,
+}
 UNGUARDED = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
 PAD_FROM = 1 << 22  # elements; below, more rows cost what reading faster saves
 
@@ -255,13 +264,16 @@ def map_embedding(model: Llama) -> Tensor:
 # ---------------------------------------------------------------- recorded steps
 
 
-def compiled(step: Callable[[], None]) -> Callable[[], None]:
+def compiled(step: Callable[[], None], dtype: torch.dtype) -> Callable[[], None]:
     """A function as C++, by torch.compile: pointwise operators are fused, and weights are constants
     of it, packed for this processor. It is called once here. Nothing is checked when it is called
-    again, so all that it reads and writes must stay where it is, and of the shape it has now."""
+    again, so all that it reads and writes must stay where it is, and of the shape it has now.
+    dtype: of its products."""
+    options = COMPILE | OWN if dtype == torch.float32 else COMPILE
     step.__code__ = step.__code__.replace()  # results are kept by code: each has its own
     function = torch.compile(step, fullgraph=True, dynamic=False, options=UNGUARDED)
-    with torch._inductor.config.patch(COMPILE):  # it is there since torch.compile was called
+    tables = io.StringIO()  # of what was tuned, which PyTorch prints
+    with torch._inductor.config.patch(options), redirect_stderr(tables):
         function()
     return function
 
@@ -271,7 +283,7 @@ def why_not_compiled() -> str | None:
     """What keeps `compiled` from working on this machine, in a few words; None: nothing."""
     x = torch.zeros(8)
     try:
-        compiled(lambda: x.add_(1))
+        compiled(lambda: x.add_(1), x.dtype)
     except Exception as e:  # no compiler, no headers, no place to write to: PyTorch has many names
         return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:80]
     return None
@@ -326,7 +338,7 @@ class StaticStep:
         if skip is None:
             skip = torch.zeros(len(self.cache.layers), 2, dtype=torch.bool)
         skipped = skip.tolist()
-        return compiled(lambda: self.unrolled(skipped))
+        return compiled(lambda: self.unrolled(skipped), self.model.dtype)
 
     def unrolled(self, skipped: list[list[bool]]) -> None:
         """`run`, as a compiler can read it: what is skipped are numbers, not a tensor."""

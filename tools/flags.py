@@ -188,8 +188,7 @@ FLAGS = {
         metavar="N",
     ),
     "--compile": Flag(
-        "decoding steps as CUDA graphs or, on a CPU, as C++, compiled for each skip set in half a "
-        "minute",
+        "decoding steps as CUDA graphs or, on a CPU, as C++, compiled in a minute a skip set",
         False,
         bool,
     ),
