@@ -77,6 +77,9 @@ def continue_text(args) -> None:
     shots = args.shots or args.shots_file
     expect(not shots, "--shots: worked examples are for a question with choices, not for a text")
     asked = Asked(args.data, None, [], 0, "")
+    if args.compile:
+        note("--compile: for the stages of a question; a text alone is decoded as usual")
+        args.compile = False
     pipeline = load_asked(args, asked)
     model = pipeline.model
     tokenizer = pipeline.tokenizer
