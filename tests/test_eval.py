@@ -360,6 +360,14 @@ def test_compare_runs_both_rankings_and_always_similarity(reported, plans):
     assert set(methods(plans[0])) == names, "no loss ranking is measured on questions under test"
 
 
+def test_what_several_epsilons_chose_alike_runs_once(reported, plans):
+    stored = json.loads(plans[0].read_text())
+    point = {key: stored[key] for key in ("budgets", "exit")}
+    edit_json(plans[0], frontier=[point, point])
+    report, _ = reported(*"--compare 1 --method litestage --limit 1 --plan".split(), str(plans[0]))
+    assert [r["budgets"] for r in report["runs"]] == [[0, 0, 0], [1, 1, 1], [2, 1, 3]]
+
+
 def test_what_a_plan_was_not_found_with_is_one_note_each(reported, plans, tmp_path):
     _, printed = reported("--plan", str(plans[0]))
     assert printed.count("note: similarity.json was") == 1

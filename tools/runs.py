@@ -9,7 +9,7 @@ from data.prompts import STAGES
 from generate import Exit, Pipeline
 from model import expect
 from skip import POLICIES, Setting
-from tools.plan import Plan
+from tools.plan import Choice, Plan
 from tools.setup import Asked, Wanted, configure, load_asked, read_asked
 from tools.trained import budgets_of
 
@@ -73,6 +73,15 @@ def drafted(plans: list[Plan], args) -> list[Planned]:
     return planned
 
 
+def once(choices: list[Choice]) -> list[Choice]:
+    """The same without repetitions: several epsilons may have chosen the same."""
+    found = []
+    for choice in choices:
+        if choice not in found:
+            found.append(choice)
+    return found
+
+
 def compared(plans: list[Plan], args) -> list[Planned]:
     """The runs of --compare: every method at its uniform budgets, or at one to six eighths of all
     sub-layers, and at --stage-budgets; LiteStage at its plans, by both rankings where there is a
@@ -99,7 +108,7 @@ def compared(plans: list[Plan], args) -> list[Planned]:
         lite = Planned("litestage", setting, plan.budgets, plan.exit, plan.method)
         for budgets in uniform:
             planned.append(lite._replace(budgets=budgets, variant="uniform"))
-        for choice in plan.frontier:
+        for choice in once(plan.frontier):
             whole = lite._replace(budgets=choice.budgets, exit=choice.exit)
             if choice.exit:
                 planned.append(whole._replace(exit=None, variant="no-exit"))
