@@ -503,7 +503,7 @@ def main() -> None:
         describe(options.model or options.shape, model, bytes_read)
         decoders = {"ours": ours(Stepper(model)), "plain": ours(Stepper(plain))}
         if options.compile:
-            dense = packed_like(plain, fast.Product)
+            dense = packed_like(plain, fast.DenseProduct)
             decoders["ours, compiled"] = ours(fast.RecordedStepper(model, dense))
         if parts != ["profile"]:
             decoders |= others(config, dict(plain.tensors()), dtype, device, scratch)

@@ -20,7 +20,15 @@ from generate import Stepper, Until, generate_batch
 from model import KVCache, Llama, ModelArgs, Skip
 from skip import ImportanceProbe, mask_of
 from tools import fast
-from tools.fast import FBGEMMProduct, OneDNNProduct, Product, RecordedStepper, best_product, pack
+from tools.fast import (
+    DenseProduct,
+    FBGEMMProduct,
+    OneDNNProduct,
+    Product,
+    RecordedStepper,
+    best_product,
+    pack,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACKED = (OneDNNProduct, FBGEMMProduct)
@@ -254,10 +262,13 @@ def compiler():
         pytest.skip(f"no C++ compiler: {why}")
 
 
-def test_compiled_steps_decode_the_same_tokens(folder, compiler):
+@pytest.mark.parametrize("changes", [{}, KINDS["biases"]], ids=["plain", "biases"])
+def test_compiled_steps_decode_the_same_tokens(make_checkpoint, compiler, monkeypatch, changes):
     """What --compile makes of a CPU's steps: for each skip set its own function, found again."""
+    monkeypatch.setattr(fast, "PACK_FROM", 0)
+    folder = make_checkpoint(**changes, tie_word_embeddings=not changes)
     packed = load_packed(folder)
-    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), Product))
+    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), DenseProduct))
     prompts = [random_tokens(n, vocab=packed.args.vocab_size).tolist() for n in (9, 5)]
     for skip in (mask_of([(0, 0), (2, 1)], 3), None, mask_of([(0, 0), (2, 1)], 3)):
         for rows in ([prompts[0]], prompts):
@@ -273,6 +284,6 @@ def test_compiled_steps_decode_the_same_tokens(folder, compiler):
 
 def test_a_skip_set_of_another_shape_is_not_compiled(folder):
     packed = load_packed(folder)
-    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), Product))
+    stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), DenseProduct))
     with pytest.raises(ValueError, match="skip: expected"):
         generate_batch(stepper, [(KVCache(packed, 1, 0), [[5, 6]])], Until(4), mask_of([], 2))

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from generate import Exit, Pipeline, StageResult, importance_of
 from model import DTYPES, InputError, KVCache, Llama, expect, weight_files
 from skip import Importance
-from tools.fast import FastLayer, Product, RecordedStepper, pack, why_not_compiled
+from tools.fast import DenseProduct, FastLayer, RecordedStepper, pack, why_not_compiled
 from tools.journal import Journal
 from tools.plan import (
     ROOT,
@@ -111,7 +111,7 @@ def compile_steps(pipeline: Pipeline, folder: Path) -> None:
     note("--compile: about a minute for each skip set and number of rows when it first comes")
     check_memory(folder, pipeline.model.device)
     dense = Llama.from_pretrained(folder, dtype=pipeline.model.dtype)
-    pipeline.stepper = RecordedStepper(pipeline.model, pack(dense, Product))
+    pipeline.stepper = RecordedStepper(pipeline.model, pack(dense, DenseProduct))
 
 
 def load_asked(args, asked: "Asked", few: bool = True) -> Pipeline:
