@@ -108,7 +108,7 @@ def compile_steps(pipeline: Pipeline, folder: Path) -> None:
     if why is not None:
         note(f"--compile: no working C++ compiler ({why}); decoding as usual")
         return
-    note("--compile: about a minute for each skip set and number of rows when it first comes")
+    note("--compile: takes a minute for each new skip set and number of rows")
     check_memory(folder, pipeline.model.device)
     dense = Llama.from_pretrained(folder, dtype=pipeline.model.dtype)
     pipeline.stepper = RecordedStepper(pipeline.model, pack(dense, DenseProduct))
