@@ -98,25 +98,27 @@ def load(
     if compile and place.type == "cuda":
         pipeline.stepper = RecordedStepper(llama)
     elif compile:
-        compile_steps(pipeline, folder)
+        compile_steps(pipeline, folder, plain)
     return pipeline
 
 
-def compile_steps(pipeline: Pipeline, folder: Path) -> None:
+def compile_steps(pipeline: Pipeline, folder: Path, plain: bool) -> None:
     """Has a pipeline's decoding steps compiled, or says why not. (On a CPU.)"""
     why = why_not_compiled()
     if why is not None:
         note(f"--compile: no working C++ compiler ({why}); decoding as usual")
         return
     note("--compile: takes a minute for each new skip set and number of rows")
-    check_memory(folder, pipeline.model.device)
-    dense = Llama.from_pretrained(folder, dtype=pipeline.model.dtype)
-    pipeline.stepper = RecordedStepper(pipeline.model, pack(dense, DenseProduct))
+    dense = pipeline.model  # the plain one, whose weights a compiler can read
+    if not plain:
+        check_memory(folder, dense.device)
+        dense = pack(Llama.from_pretrained(folder, dtype=dense.dtype), DenseProduct)
+    pipeline.stepper = RecordedStepper(pipeline.model, dense)
 
 
 def load_asked(args, asked: "Asked", few: bool = True) -> Pipeline:
-    """`load` with a command's flags, MODEL_FLAGS, to ask these questions. few: skip sets come, so
-    that a CPU may compile a step for each."""
+    """`load` with a command's flags, MODEL_FLAGS, to ask these questions. few: whether so few skip
+    sets will come that a CPU may compile a step for each."""
     if args.compile and args.device == "cpu" and not few:
         note("--compile: too many skip sets to compile a step for each; decoding as usual")
     pipeline = load(
