@@ -282,6 +282,25 @@ def test_compiled_steps_decode_the_same_tokens(make_checkpoint, compiler, monkey
     assert [len(step.recorded) for step in stepper.recorded.values()] == [2, 2]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_compiled_step_in_half_precision_is_as_sure(make_checkpoint, compiler, rows):
+    """One row takes PyTorch's own products, several oneDNN's; oneDNN is on again afterwards."""
+    folder = make_checkpoint(dtype=torch.bfloat16, hidden_size=128, intermediate_size=344)
+    dense = pack(Llama.from_pretrained(folder), DenseProduct)
+    found = []
+    for compiles in (True, False):
+        step = fast.StaticStep(dense, rows, 32, compiles)
+        run = step.under(mask_of([(1, 0)], 3))
+        tokens = torch.arange(5, 5 + rows)[:, None]
+        step.load(KVCache(dense, rows, 8), tokens, 3)
+        run()
+        found.append((step.confidences, torch.stack(step.cache.layers)))
+    (sure, written), (expected_sure, expected) = found
+    assert relative(written, expected.double()) < TOLERANCE[torch.bfloat16]
+    assert relative(sure, expected_sure.double()) < 0.1  # a logit's error is that of its exponent
+    assert torch.backends.mkldnn.enabled
+
+
 def test_a_skip_set_of_another_shape_is_not_compiled(folder):
     packed = load_packed(folder)
     stepper = RecordedStepper(packed, pack(Llama.from_pretrained(folder), DenseProduct))

@@ -35,6 +35,7 @@ from model import (
 
 PACK_FROM = 1 << 18  # elements; below, calling oneDNN costs more than it saves
 COMPILE = {"cpp_wrapper": True, "freezing": True}  # no interpreter; weights are constants
+AS_THEY_ARE = {"freezing": False}  # weights are not copied, nor packed
 # In float32 PyTorch would take MKL's products, slow on other processors than Intel's, unless it may
 # write its own. In half precision it takes oneDNN's, which are better than what it writes.
 OWN = {
@@ -73,23 +74,39 @@ class DenseProduct(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def without_onednn(function: Callable, *args):
+    """Calls a function with oneDNN off, but for what asks for it by name."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        return function(*args)
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class OneDNNProduct:
     """The same on a weight packed by oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         avx512 = torch.cpu._is_avx512_supported()
         amx = torch.cpu._is_amx_tile_supported()
+        half = weight.dtype != torch.float32
         # Without AVX-512 oneDNN is fastest when told that it is for one row. With it (but without
         # AMX) six rows fill its registers, and it reads a large weight faster for six than for
-        # fewer.
-        fills = avx512 and not (weight.dtype != torch.float32 and amx)
-        self.fewest = 6 if fills and weight.numel() >= PAD_FROM else 1
+        # fewer. A small one in half precision PyTorch reads fastest itself for one row, as it is.
+        fills = avx512 and not (half and amx)
+        large = weight.numel() >= PAD_FROM
+        self.fewest = 6 if fills and large else 1
+        self.plain = weight if fills and half and not large else None
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None if avx512 else 1)
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = len(x)
-        if x.shape[1] == 1 and rows < self.fewest:  # decoding: (bsz, 1, in)
+        decoding = x.shape[1] == 1  # (bsz, 1, in)
+        if decoding and rows == 1 and self.plain is not None:
+            return without_onednn(F.linear, x, self.plain, self.bias)
+        if decoding and rows < self.fewest:
             x = torch.cat([x] * (self.fewest // rows + 1))[: self.fewest]
             return self.product(x)[:rows]
         return self.product(x)
@@ -274,14 +291,18 @@ def map_embedding(model: Llama) -> Tensor:
 # ---------------------------------------------------------------- recorded steps
 
 
-def compiled(step: Callable[[], None], dtype: torch.dtype) -> Callable[[], None]:
+def compiled(step: Callable[[], None], dtype: torch.dtype, rows: int) -> Callable[[], None]:
     """A function as C++, by torch.compile: pointwise operators are fused, and weights are constants
     of it, packed for this processor. It is called once here. Nothing is checked when it is called
     again, so all that it reads and writes must stay where it is, and of the shape it has now.
-    dtype: of its products."""
+    dtype, rows: of its products. One row in half precision reads weights as they are: there
+    PyTorch's own product is faster than oneDNN's."""
     options = COMPILE | OWN if dtype == torch.float32 else COMPILE
     step.__code__ = step.__code__.replace()  # results are kept by code: each has its own
     function = torch.compile(step, fullgraph=True, dynamic=False, options=UNGUARDED)
+    if rows == 1 and dtype != torch.float32:
+        options = COMPILE | AS_THEY_ARE
+        function = partial(without_onednn, function)
     tables = io.StringIO()  # of what was tuned, which PyTorch prints
     with torch._inductor.config.patch(options), redirect_stderr(tables):
         function()
@@ -293,7 +314,7 @@ def why_not_compiled() -> str | None:
     """What keeps `compiled` from working on this machine, in a few words; None: nothing."""
     x = torch.zeros(8)
     try:
-        compiled(lambda: x.add_(1), x.dtype)
+        compiled(lambda: x.add_(1), x.dtype, 1)
     except Exception as e:  # no compiler, no headers, no place to write to: PyTorch has many names
         return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:80]
     return None
@@ -348,7 +369,8 @@ class StaticStep:
         if skip is None:
             skip = torch.zeros(len(self.cache.layers), 2, dtype=torch.bool)
         skipped = skip.tolist()
-        return compiled(lambda: self.unrolled(skipped), self.model.dtype)
+        rows = len(self.tokens)
+        return compiled(lambda: self.unrolled(skipped), self.model.dtype, rows)
 
     def unrolled(self, skipped: list[list[bool]]) -> None:
         """`run`, as a compiler can read it: what is skipped are numbers, not a tensor."""
