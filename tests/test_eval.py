@@ -199,9 +199,12 @@ def test_a_sweep_of_another_checkpoint_measures_its_importance(tmp_path, folder,
     write_questions(tmp_path / "test.jsonl", [question(i) for i in range(4)])
     out = tmp_path / "sweep.json"
     flags = ["--model", str(folder), "--data", str(tmp_path / "test.jsonl"), "--json", str(out)]
-    monkeypatch.setattr("sys.argv", ["sweep.py", *flags, "--step", "4", "--max-new-tokens", "4"])
+    few = ["--step", "2", "--max-budget", "4", "--max-new-tokens", "4"]
+    monkeypatch.setattr("sys.argv", ["sweep.py", *flags, *few])
     sweep.main()
-    assert min(min(row) for row in json.loads(out.read_text())["similarity"]) > 0
+    report = json.loads(out.read_text())
+    assert min(min(row) for row in report["similarity"]) > 0
+    assert {budget for run in report["runs"] for budget in run["budgets"]} == {0, 2, 4}
 
 
 def test_compile_without_a_compiler_says_so_and_changes_nothing(reported, monkeypatch):

@@ -16,6 +16,7 @@ import data  # noqa: F401  # isort: skip  (first: Ctrl-C is one line while torch
 
 from data.prompts import STAGES
 from eval import describe, evaluate, make_run
+from model import expect
 from tools.command import run
 from tools.files import write_json
 from tools.flags import MODEL_FLAGS, make_parser
@@ -28,7 +29,7 @@ BATCH = 20  # questions side by side
 
 
 def main() -> None:
-    own = ("--plan", "--limit", "--granularity", "--split", "--json", "--step")
+    own = ("--plan", "--limit", "--granularity", "--split", "--json", "--step", "--max-budget")
     parser = make_parser(__doc__, *MODEL_FLAGS, *own)
     parser.set_defaults(json=Path("sweep.json"))
     args = parser.parse_args()
@@ -40,8 +41,12 @@ def main() -> None:
     runs = [make_run("full", plans[0].setting(args.seed), nothing)]
     for plan in plans:
         setting = plan.setting(args.seed)
+        n_sublayers = 2 * setting.n_layers
+        most = args.max_budget or n_sublayers - 2
+        wanted = f"--max-budget {most}: the model has {n_sublayers} sub-layers"
+        expect(most <= n_sublayers, wanted)
         for stage in range(len(STAGES)):
-            for budget in range(args.step, 2 * setting.n_layers, args.step):
+            for budget in range(args.step, most + 1, args.step):
                 budgets = list(nothing)
                 budgets[stage] = budget
                 runs.append(make_run("litestage", setting, budgets, None, plan.method))
