@@ -15,6 +15,7 @@ from skip import Importance, Setting, rank
 from tools import setup, sweep
 from tools.files import digest_of
 from tools.plan import checkpoint_digests, conditions, store_setting, write_plans
+from tools.report import mean_ci95
 from tools.tables import print_runs
 
 
@@ -88,6 +89,9 @@ def test_the_report_has_what_the_format_says(reported):
         assert fields <= set(r)
         assert [stage["name"] for stage in r["stages"]] == ["recall", "analyze", "summarize"]
         assert all(per_stage | {"exit_rate", "accepted"} <= set(stage) for stage in r["stages"])
+        for stage in r["stages"]:
+            low, high = stage["tokens_ci95"]
+            assert low <= stage["tokens"] <= high
         seconds = sum(stage["prefill_s"] + stage["decode_s"] for stage in r["stages"])
         assert seconds == pytest.approx(r["latency_s"])
     assert full["method"] == "full" and full["speedup"] == 1 and full["exit"] is None
@@ -193,6 +197,13 @@ def test_an_exit_that_is_asked_for_is_that_of_every_plan(tmp_path, monkeypatch, 
     assert all(exit == {"window": 5, "threshold": 0.4} for exit in exits("--exit-threshold", "0.4"))
     assert not any(exits("--exit-threshold", "0"))
     assert exits("--exit-window", "3")[-1] == {"window": 3, "threshold": 0.7}
+
+
+def test_the_interval_of_a_mean():
+    low, high = mean_ci95([1, 2, 3, 4, 5])  # the standard deviation is the root of 2.5
+    assert (low + high) / 2 == pytest.approx(3)
+    assert high - low == pytest.approx(2 * 1.96 * (2.5 / 5) ** 0.5)
+    assert mean_ci95([7]) == [7, 7]
 
 
 def test_a_sweep_of_another_checkpoint_measures_its_importance(tmp_path, folder, monkeypatch):

@@ -21,7 +21,11 @@ def plt():
 
 
 def entry(method: str, budgets: list[int], accuracy: float = 0.9, speedup: float = 1.5) -> dict:
-    stages = [{"name": name, "tokens": 20.0 + b} for name, b in zip(NAMES, budgets)]
+    stages = []
+    for name, budget in zip(NAMES, budgets):
+        tokens = 20.0 + budget
+        interval = [tokens - budget, tokens + budget]
+        stages.append({"name": name, "tokens": tokens, "tokens_ci95": interval})
     interval = [accuracy - 0.05, min(accuracy + 0.05, 1.0)]
     found = {"method": method, "budgets": budgets, "accuracy": accuracy, "stages": stages}
     return found | {"accuracy_ci95": interval, "speedup": speedup}
@@ -68,6 +72,17 @@ def test_a_sweep_says_of_what_and_how_sure(plt):
     assert [round(float(y), 6) for y in bars[1][:, 1]] == [85.0, 95.0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["reason", "answer"]
+    bars = drawn["-tokens"].axes[0].containers[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[20, 20], [20, 22], [20, 24]]
+
+
+def test_a_sweep_of_before_has_no_interval_of_its_tokens(plt):
+    before = swept("litestage")
+    for run in before["runs"]:
+        for stage in run["stages"]:
+            del stage["tokens_ci95"]
+    bars = draw(plt, before)["-tokens"].axes[0].containers[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[20, 20], [21, 21], [22, 22]]
 
 
 def test_sweeps_of_two_rankings_are_one_picture(plt):

@@ -157,16 +157,23 @@ def draw_sweep(plt, report: dict, field: str):
             if field == "accuracy":
                 values = [100 * entry["accuracy"] for entry in entries]
                 spread = error_bars(entries)
-                axes.errorbar(budgets, values, spread, elinewidth=0.6, capsize=2, **look)
             else:
-                axes.plot(budgets, [entry["stages"][i]["tokens"] for entry in entries], **look)
+                values = [entry["stages"][i]["tokens"] for entry in entries]
+                spread = [half_width(entry["stages"][i]) for entry in entries]
+            axes.errorbar(budgets, values, spread, elinewidth=0.6, capsize=2, **look)
     axes.set_xlabel("sub-layers skipped in this stage alone")
-    axes.set_ylabel("tokens that the stage generates, per question")
+    axes.set_ylabel("tokens that the stage generates, per question (95% interval)")
     if field == "accuracy":
         axes.set_ylabel("accuracy, % (95% interval)")
     axes.set_title(title_of(report), fontsize=10)
     axes.legend(frameon=False, fontsize=8, handlelength=3.5)
     return figure
+
+
+def half_width(stage: dict) -> float:
+    """Of the 95% interval of a stage's tokens; earlier reports have none."""
+    low, high = stage.get("tokens_ci95", (0.0, 0.0))
+    return (high - low) / 2
 
 
 # ---------------------------------------------------------------- a plan

@@ -3,10 +3,12 @@
 python eval.py --json report.json --texts texts.jsonl
 """
 
+import math
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
@@ -108,6 +110,7 @@ def describe_stage(stages: list[StageResult], count: int = 0) -> dict:
     return {
         "name": stages[0].name,
         "tokens": tokens / n,
+        "tokens_ci95": mean_ci95([stage.tokens for stage in stages]),
         "prefill_s": sum(stage.timings.prefill_s for stage in stages) / n,
         "decode_s": decode_s / n,
         "ms_per_token": 1e3 * decode_s / max(tokens, 1),
@@ -116,6 +119,12 @@ def describe_stage(stages: list[StageResult], count: int = 0) -> dict:
         "exit_rate": stops.count("confidence") / len(stops),
         "accepted": accepted / drafted if drafted else None,
     }
+
+
+def mean_ci95(values: list[float]) -> list[float]:
+    """The normal 95% interval of a mean; of a single value there is none, so both ends are it."""
+    half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return [fmean(values) - half, fmean(values) + half]
 
 
 def count_multiply_adds(shape: ModelArgs, entry: dict) -> None:
