@@ -151,18 +151,36 @@ def test_a_hook_sees_the_same_streams(folder):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_packing_frees_the_plain_weights(make_checkpoint, monkeypatch, dtype, tied):
-    """All but the norms' and, where the head is not tied to it, the embedding's."""
+    """All but the norms', where the head is not tied to it the embedding's, and in half precision
+    what one row reads as it is: small matrices, never a large one."""
     monkeypatch.setattr(fast, "PACK_FROM", 0)
     need_packing(dtype)
     model = Llama.from_pretrained(make_checkpoint(dtype=dtype, tie_word_embeddings=tied))
     alive = {name: weakref.ref(p.untyped_storage()) for name, p in model.tensors()}
     pack(model)
     gc.collect()
-    kept = {name for name, storage in alive.items() if storage() is not None}
+    as_they_are = [
+        each.plain for each in products(model) if getattr(each, "plain", None) is not None
+    ]
+    assert dtype == torch.bfloat16 or not as_they_are
+    assert all(weight.numel() < fast.PAD_FROM for weight in as_they_are)
+    read = {weight.untyped_storage().data_ptr() for weight in as_they_are}
+    kept = set()
+    for name, storage in alive.items():
+        if storage() is not None and storage().data_ptr() not in read:
+            kept.add(name)
     expected = {name for name in alive if "norm" in name}
     if not tied:
         expected.add("model.embed_tokens.weight")
     assert kept == expected
+
+
+def test_a_large_matrix_is_in_memory_once(make_checkpoint, monkeypatch):
+    monkeypatch.setattr(fast, "PACK_FROM", 0)
+    monkeypatch.setattr(fast, "PAD_FROM", 0)
+    need_packing(torch.bfloat16)
+    model = pack(Llama.from_pretrained(make_checkpoint(dtype=torch.bfloat16)))
+    assert all(getattr(each, "plain", None) is None for each in products(model))
 
 
 def leave_stale_embedding(folder: Path) -> None:

@@ -264,9 +264,10 @@ class MappedEmbedding(nn.Module):
 def pack(model: Llama, best: type | None = None) -> Llama:
     """Puts fast modules in the place of a loaded model's plain ones, and returns it.
 
-    One module at a time, so that the weights are never there twice. For inference alone: the packed
-    weights have no gradient, and `model.tensors` finds them no more. best: the class of all its
-    products; None: for each the fastest. (Ours.)
+    One module at a time, so that not all weights are there twice; afterwards only small ones are,
+    in half precision, for one row. For inference alone: the packed weights have no gradient, and
+    `model.tensors` finds them no more. best: the class of all its products; None: for each the
+    fastest. (Ours.)
     """
     for i in range(len(model.layers)):
         model.layers[i] = FastLayer(model.layers[i], best)  # no variable keeps the plain one alive
