@@ -326,19 +326,19 @@ def generate(
     """Continues the token ids of one prompt: prefill with all layers, decode under `skip`.
 
     eos_id: the token, or tokens, that end the text (not part of ids). skip: (n_layers, 2) bool mask
-    or `model.Skip`, or a function of the decoding step that gives one. exit: (window, threshold) of
-    the confidence exit, None for none. temperature: 0 is greedy. draft: the skip set only drafts so
-    many tokens a round, and the text is the full model's. The stop is "eos", "confidence", "length"
-    (max_new_tokens reached) or "context" (it is full, or the prompt does not fit: ids is then
-    empty). Raises ValueError if max_new_tokens is below 1, or for drafts that are not greedy.
-    """
+    or `model.Skip`, or a function of the decoding step that gives one. exit: (window, threshold) or
+    None. temperature: 0 is greedy. draft: the skip set only drafts, so many tokens a round, and the
+    text is the full model's. The stop is "eos", "confidence", "length" (max_new_tokens reached) or
+    "context" (it is full, or the prompt does not fit: ids is then empty). Raises ValueError if
+    max_new_tokens is below 1, or for drafts that are not greedy."""
     if draft and temperature > 0:
         raise ValueError("draft: expected a temperature of 0")
     skip = Draft(skip, draft) if draft else skip
     eos_ids = {eos_id} if isinstance(eos_id, int) else eos_id or ()
     until = Until(max_new_tokens, frozenset(eos_ids), exit=exit and Exit(*exit))
     group = (KVCache(model, 1, 0), [list(prompt_ids)])
-    return generate_batch(Stepper(model, temperature), [group], until, skip)[0]
+    stepper = getattr(model, "stepper", Stepper)(model, temperature)  # a compiled one has its own
+    return generate_batch(stepper, [group], until, skip)[0]
 
 
 @dataclass

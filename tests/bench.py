@@ -84,11 +84,7 @@ def random_llama(args: ModelArgs, dtype, device) -> Llama:
 def packed_like(plain: Llama, best: type | None = None) -> Llama:
     """The packed model of the same weights. What is not packed is one and the same memory. best: as
     in `fast.pack`."""
-    with torch.device("meta"):
-        model = Llama(plain.args)
-    model.load_state_dict(plain.state_dict(), assign=True)
-    model.tie()
-    return fast.pack(model.requires_grad_(False).eval(), best)
+    return fast.pack(fast.with_same_weights(plain), best)
 
 
 def weights_per_token(args: ModelArgs, dtype, attention: int, ffn: int) -> int:

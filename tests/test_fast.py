@@ -16,7 +16,7 @@ from conftest import BASE, load_packed
 from safetensors.torch import load_file, save_file
 from test_model import KINDS, every_kind, greedy, random_tokens, relative
 
-from generate import Stepper, Until, generate_batch
+from generate import Stepper, Until, generate, generate_batch
 from model import KVCache, Llama, ModelArgs, Skip
 from skip import ImportanceProbe, mask_of
 from tools import fast
@@ -298,6 +298,26 @@ def test_compiled_steps_decode_the_same_tokens(make_checkpoint, compiler, monkey
             for row, other in zip(found, expected):
                 assert row.confidences == pytest.approx(other.confidences, rel=1e-4)
     assert [len(step.recorded) for step in stepper.recorded.values()] == [2, 2]
+
+
+def test_generate_takes_the_compiled_steps_of_a_packed_model(
+    make_checkpoint, compiler, monkeypatch
+):
+    monkeypatch.setattr(fast, "PACK_FROM", 0)
+    folder = make_checkpoint()
+    model = pack(Llama.from_pretrained(folder), compiles=True)
+    plain = Llama.from_pretrained(folder)
+    ran = []
+    run = fast.compiled
+    monkeypatch.setattr(fast, "compiled", lambda *args: ran.append(args) or run(*args))
+    for skip in (None, mask_of([(0, 0), (2, 1)], 3), None):
+        prompt = random_tokens(9).tolist()
+        assert (
+            generate(model, prompt, 12, skip=skip).ids == generate(plain, prompt, 12, skip=skip).ids
+        )
+    assert len(ran) == 2, "each skip set is compiled once"
+    torch.manual_seed(3)
+    assert len(generate(model, prompt, 8, temperature=1.0).ids) == 8 and len(ran) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 3])

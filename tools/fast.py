@@ -260,15 +260,26 @@ class MappedEmbedding(nn.Module):
         return F.embedding(tokens, self.weight).to(self.dtype)
 
 
+def with_same_weights(plain: Llama) -> Llama:
+    """Another plain model on one and the same memory."""
+    with torch.device("meta"):
+        model = Llama(plain.args)
+    model.load_state_dict(plain.state_dict(), assign=True)
+    model.tie()
+    return model.requires_grad_(False).eval()
+
+
 @torch.no_grad()
-def pack(model: Llama, best: type | None = None) -> Llama:
+def pack(model: Llama, best: type | None = None, compiles: bool = False) -> Llama:
     """Puts fast modules in the place of a loaded model's plain ones, and returns it.
 
     One module at a time, so that not all weights are there twice; afterwards only small ones are,
     in half precision, for one row. For inference alone: the packed weights have no gradient, and
     `model.tensors` finds them no more. best: the class of all its products; None: for each the
-    fastest. (Ours.)
+    fastest. compiles: `generate` decodes it by compiled steps; for a CPU with a C++ compiler, see
+    `why_not_compiled`. (Ours.)
     """
+    dense = pack(with_same_weights(model), DenseProduct) if compiles else None
     for i in range(len(model.layers)):
         model.layers[i] = FastLayer(model.layers[i], best)  # no variable keeps the plain one alive
     model.norm = FastNorm(model.norm)
@@ -278,6 +289,9 @@ def pack(model: Llama, best: type | None = None) -> Llama:
         model.lm_head = FastHead(model.lm_head, best)
         if model.args.tied and model.folder is not None:
             model.embed_tokens = MappedEmbedding(map_embedding(model), model.dtype)
+    if dense is not None:
+        recorded = RecordedStepper(model, dense)
+        model.stepper = recorded.for_temperature
     return model
 
 
@@ -410,6 +424,10 @@ class RecordedStepper(Stepper):
         self.dense = dense
         self.recorded: dict[tuple[int, int], StaticStep] = {}  # by rows and slots
         self.now: StaticStep | None = None  # None: this batch decodes as usual
+
+    def for_temperature(self, model: Llama, temperature: float) -> Stepper:
+        """What `generate` asks its model for: this one, or a plain one where it is not greedy."""
+        return self if temperature == 0 else Stepper(model, temperature)
 
     @torch.inference_mode()
     def start(self, groups: list[Group], room: int, skip) -> Said:
