@@ -162,7 +162,7 @@ def draw_sweep(plt, report: dict, field: str):
                 spread = [half_width(entry["stages"][i]) for entry in entries]
             axes.errorbar(budgets, values, spread, elinewidth=0.6, capsize=2, **look)
     axes.set_xlabel("sub-layers skipped in this stage alone")
-    axes.set_ylabel("tokens that the stage generates, per question (95% interval)")
+    axes.set_ylabel("tokens of the stage, per question (95% interval)")
     if field == "accuracy":
         axes.set_ylabel("accuracy, % (95% interval)")
     axes.set_title(title_of(report), fontsize=10)
